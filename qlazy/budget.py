@@ -1,0 +1,94 @@
+"""The budget: which devices a load may use, and how much of each. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlazy import memory
+from qlazy.errors import DeviceUnavailable, UsageError
+from qlazy.sizes import parse_bytes
+
+DEFAULT_RESERVE = 1 << 30
+"""Bytes kept free on every GPU unless asked otherwise; on the host a quarter of that, as the desktop already counts as used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Devices of a load and their limits."""
+
+    devices: tuple[str, ...]
+    """Devices that may hold weights, in the order in which they are filled."""
+    free_bytes: Mapping[str, int]
+    """Bytes that may be used, by device; the host is always there, for staging."""
+    reserve_bytes: int
+    """Bytes to keep free on each device that holds weights."""
+    max_model_len: int
+    """Tokens that the KV cache and activations are planned for."""
+    device_map: Mapping[str, str] | None = None
+    """Device by prefix of the name, where the user says it all."""
+
+
+def make_budget(
+    device_map: str | Mapping[str, str] = "auto",
+    max_memory: Mapping[str | int, str | int] | None = None,
+    *,
+    reserve: str | int | None = None,
+    max_model_len: int = 4096,
+) -> Budget:
+    """Look at the machine and settle what a load may use.
+
+    Args:
+        device_map: `auto` (all GPUs, or the CPU where there is none), `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
+        max_memory: Bytes or sizes such as `22GiB` by device; a number N stands for `cuda:N`. Devices not named are not used.
+        reserve: Bytes or size to keep free on each device; default 1 GiB on a GPU and 256 MiB on the host.
+        max_model_len: Tokens that the KV cache and activations are planned for.
+    Returns:
+        The budget.
+    Raises:
+        DeviceUnavailable: a device that this machine does not have.
+        UsageError: a size without a unit, or a context that is not positive.
+    """
+    if max_model_len < 1:
+        raise UsageError(f"max_model_len is {max_model_len}; it must be at least 1.", hint="Use --max-model-len 4096.")
+    limits = {
+        _device(key): value if isinstance(value, int) else parse_bytes(value) for key, value in (max_memory or {}).items()
+    }
+    names = _devices(device_map, tuple(limits))
+    if limits and isinstance(device_map, str) and device_map in ("auto", "cuda"):
+        names = tuple(name for name in names if name in limits) or tuple(limits)
+    free = {name: memory.free_bytes(name) for name in dict.fromkeys([*names, "cpu"])}
+    for name, limit in limits.items():
+        if name in free:
+            free[name] = min(free[name], limit)
+    if reserve is None:
+        reserve_bytes = DEFAULT_RESERVE // 4 if names == ("cpu",) else DEFAULT_RESERVE
+    else:
+        reserve_bytes = reserve if isinstance(reserve, int) else parse_bytes(reserve)
+    placed = None if isinstance(device_map, str) else {prefix: _device(d) for prefix, d in device_map.items()}
+    return Budget(devices=names, free_bytes=free, reserve_bytes=reserve_bytes, max_model_len=max_model_len, device_map=placed)
+
+
+def _devices(device_map: str | Mapping[str, str], limited: tuple[str, ...]) -> tuple[str, ...]:
+    if not isinstance(device_map, str):
+        return tuple(dict.fromkeys(_device(d) for d in device_map.values()))
+    if device_map == "auto":
+        return tuple(memory.cuda_devices()) or ("cpu",)
+    if device_map == "cuda":
+        gpus = tuple(memory.cuda_devices())
+        if not gpus:
+            raise DeviceUnavailable("There is no CUDA device on this machine.", hint="Use --device-map cpu.")
+        return gpus
+    return (_device(device_map),)
+
+
+def _device(name: str | int) -> str:
+    """The name as torch writes it: 0 and `0` are `cuda:0`."""
+    text = str(name)
+    if text.isdigit():
+        return f"cuda:{text}"
+    if text == "cuda":
+        return "cuda:0"
+    if text == "cpu" or (text.startswith("cuda:") and text[5:].isdigit()):
+        return text
+    raise DeviceUnavailable(f"{text!r} is not a device that qlazy knows.", hint="Use cpu, cuda, cuda:0, cuda:1, ...")

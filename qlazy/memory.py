@@ -1,0 +1,171 @@
+"""Meters: how much memory is free on each device, and how much this process holds. No torch here."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from qlazy.errors import DeviceUnavailable
+
+CGROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that a new allocation on `device` can have now.
+
+    Args:
+        device: `cpu`, or `cuda:N` with N as `CUDA_VISIBLE_DEVICES` numbers them.
+    Returns:
+        For the CPU what the kernel calls available, no more than the container's limit leaves; for a GPU what its driver calls free.
+    Raises:
+        DeviceUnavailable: there is no such device, or no driver to ask.
+    """
+    if device == "cpu":
+        return min(int(psutil.virtual_memory().available), _cgroup_free())
+    gpus = cuda_devices()
+    if device not in gpus:
+        found = ", ".join(["cpu", *gpus])
+        raise DeviceUnavailable(f"There is no device {device!r} on this machine; it has {found}.", hint="Use --device-map cpu.")
+    return gpus[device].free_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One CUDA device as its driver describes it."""
+
+    name: str
+    """Product name."""
+    free_bytes: int
+    """Bytes not in use by any process."""
+    total_bytes: int
+    """Bytes in all."""
+
+
+def cuda_devices() -> dict[str, Gpu]:
+    """CUDA devices by torch's name, in the order that `CUDA_VISIBLE_DEVICES` gives them; empty without a driver.
+
+    Returns:
+        `cuda:0`, `cuda:1`, ... to name and bytes.
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {}
+    try:
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            gpu = Gpu(name=str(pynvml.nvmlDeviceGetName(handle)), free_bytes=int(memory.free), total_bytes=int(memory.total))
+            found.append((str(pynvml.nvmlDeviceGetUUID(handle)), gpu))
+    except pynvml.NVMLError:
+        return {}
+    finally:
+        pynvml.nvmlShutdown()
+    return {f"cuda:{i}": gpu for i, gpu in enumerate(_visible(found, os.environ.get("CUDA_VISIBLE_DEVICES")))}
+
+
+def anonymous_bytes() -> int:
+    """Bytes of memory of this process that no file backs: what a load must keep small. Shared pages of mapped files do not count.
+
+    Returns:
+        `RssAnon` from /proc on Linux, the resident set elsewhere.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(psutil.Process().memory_info().rss)
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """Samples the anonymous memory of this process on a thread while a `with` block runs.
+
+    Memory: one sample of two floats every `interval_s`.
+    """
+
+    interval_s: float = 0.02
+    """Seconds between samples."""
+    samples: list[tuple[float, int]] = field(default_factory=list)
+    """(seconds since the start, anonymous bytes)."""
+
+    def __enter__(self) -> Meter:
+        """Start sampling."""
+        self._stop = threading.Event()
+        self._start = time.perf_counter()
+        self._sample()
+        self._thread = threading.Thread(target=self._run, name="qlazy-meter", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop sampling, with one last sample."""
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    @property
+    def baseline_bytes(self) -> int:
+        """Anonymous bytes when the meter started."""
+        return self.samples[0][1]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most anonymous bytes seen above the baseline."""
+        return max(nbytes for _, nbytes in self.samples) - self.baseline_bytes
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            self._sample()
+
+    def _sample(self) -> None:
+        self.samples.append((time.perf_counter() - self._start, anonymous_bytes()))
+
+
+def _cgroup_free() -> int:
+    """Bytes that the container's own limit leaves; page cache counts against it but can be reclaimed, so this is a lower bound."""
+    for limit_file, usage_file in CGROUP_FILES:
+        try:
+            limit = Path("/sys/fs/cgroup", limit_file).read_text().strip()
+            usage = Path("/sys/fs/cgroup", usage_file).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit() and usage.isdigit():
+            return max(0, int(limit) - int(usage) + _cgroup_cache())
+    return 1 << 62
+
+
+def _cgroup_cache() -> int:
+    for stat in ("memory.stat", "memory/memory.stat"):
+        try:
+            pairs = dict(line.split() for line in Path("/sys/fs/cgroup", stat).read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        return int(pairs.get("inactive_file", 0)) + int(pairs.get("active_file", 0))
+    return 0
+
+
+def _visible(found: list[tuple[str, Gpu]], setting: str | None) -> list[Gpu]:
+    """The devices that CUDA shows under a value of `CUDA_VISIBLE_DEVICES`: indices or UUIDs, up to the first that is neither."""
+    if setting is None:
+        return [gpu for _, gpu in found]
+    shown = []
+    for entry in (part.strip() for part in setting.split(",")):
+        if entry.isdigit() and int(entry) < len(found):
+            shown.append(found[int(entry)][1])
+        else:
+            match = [gpu for uuid, gpu in found if entry and uuid.startswith(entry)]
+            if len(match) != 1:
+                break
+            shown.append(match[0])
+    return shown

@@ -1,0 +1,145 @@
+"""The recipe: which weight gets which low-bit format, and the reason where one stays in 16 bits.
+
+The same rules serve the plan, which knows only names and shapes, and the swap, which knows the modules; see `Entry.kind`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from qlazy.errors import UsageError
+from qlazy.formats import Codebook4, Format, Int4, Int8
+
+Kind = Literal["linear", "embedding", "head", "router", "experts", "listed", "other"]
+"""What a tensor is to the recipe. Only `linear` is quantized; the rest stay in the model's dtype."""
+
+REASONS: dict[str, str] = {
+    "embedding": "embedding",
+    "head": "output head",
+    "router": "router of a mixture of experts",
+    "experts": "fused experts",
+    "listed": "listed in modules_to_not_convert, or kept in float32 by the model",
+    "other": "norm, bias, convolution or other small parameter",
+}
+"""Why a tensor of a kind is left in the model's dtype, as the report says it."""
+
+_EMBEDDING = re.compile(
+    r"^(wte|wpe|word_emb|shared|embed.*|.*_embed|.*embed(ding)?s?|.*_emb|emb|token_embd|position_embd|.*relative_attention_bias)$"
+)
+_HEAD = re.compile(r"^(lm_head|embed_out|score|classifier|qa_outputs|proj_out|output|head|logits|decoder)$")
+_ROUTER = re.compile(r"^(gate|router|shared_expert_gate|ffn_gate_inp.*)$")
+_BLOCK = re.compile(r"(^|\.)\d+\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to quantize and how."""
+
+    format: Format = Int4()
+    """Format of every layer that is quantized."""
+    modules_to_not_convert: tuple[str, ...] = ()
+    """Names or globs of modules kept in the model's dtype, in addition to the defaults (embeddings, output heads, routers). A name
+    matches where it stands as whole dotted components: `mlp.down_proj` matches `model.layers.3.mlp.down_proj`."""
+
+    def format_for(self, kind: Kind, name: str, rows: int, columns: int) -> tuple[Format | None, str]:
+        """Format of a weight, or None and the reason why it stays as it is.
+
+        Args:
+            kind: What the tensor is.
+            name: Its path, with or without the final `.weight`.
+            rows: out_features.
+            columns: in_features.
+        Returns:
+            The format, made per-channel where its group does not divide `columns`, and an empty reason; or None and the reason.
+        """
+        if kind != "linear":
+            return None, REASONS[kind]
+        if any(matches(pattern, name) for pattern in self.modules_to_not_convert):
+            return None, REASONS["listed"]
+        return self.format.for_columns(columns), ""
+
+
+def make_recipe(
+    *,
+    bits: int = 4,
+    format: str | None = None,  # noqa: A002 - the word users type
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    double_quant: bool = True,
+    modules_to_not_convert: tuple[str, ...] | list[str] | None = None,
+) -> Recipe:
+    """Make a recipe from the options of the command line and of `load_quantized`.
+
+    Args:
+        bits: 4 or 8; ignored where `format` says it.
+        format: `int4`, `int8`, `nf4` or `fp4`; by default `int4` for 4 bits and `int8` for 8.
+        group_size: 32, 64, 128, or -1 for the whole row. Default 32 for int4 and -1 for int8. NF4 and FP4 have blocks of 64.
+        symmetric: Int4 only: True stores no zero points. Default False.
+        double_quant: NF4 and FP4 only: store absmax in 8 bits.
+        modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
+    Returns:
+        The recipe.
+    Raises:
+        UsageError: bits, format or group size that does not exist, or an option that the format does not have.
+    """
+    if bits not in (4, 8):
+        raise UsageError(f"bits is {bits!r}; qlazy quantizes to 4 or 8.", hint="Use --bits 4 or --bits 8.")
+    name = format or ("int4" if bits == 4 else "int8")
+    if name not in ("int4", "int8", "nf4", "fp4"):
+        raise UsageError(f"There is no format {name!r}.", hint="Use --format int4, int8, nf4 or fp4.")
+    if group_size not in (None, -1, 32, 64, 128) or (name in ("nf4", "fp4") and group_size not in (None, 64)):
+        allowed = "64" if name in ("nf4", "fp4") else "32, 64, 128, or -1 for the whole row"
+        raise UsageError(
+            f"group_size is {group_size}, but {name} takes {allowed}.", hint="Leave --group-size out for the default."
+        )
+    if symmetric is not None and name != "int4":
+        raise UsageError(f"symmetric belongs to int4; {name} is always symmetric.", hint="Leave it out.")
+    chosen: Format
+    if name == "int4":
+        chosen = Int4(group_size=group_size or 32, symmetric=bool(symmetric))
+    elif name == "int8":
+        chosen = Int8(group_size=group_size or -1)
+    else:
+        chosen = Codebook4(kind=name, double_quant=double_quant)
+    return Recipe(format=chosen, modules_to_not_convert=tuple(modules_to_not_convert or ()))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` stands in the module path `name` as whole dotted components; `*` and `?` are globs.
+
+    Args:
+        pattern: A path, part of a path, or glob.
+        name: A module or parameter path.
+    Returns:
+        True where it matches.
+    """
+    return fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*")
+
+
+def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
+    """What a checkpoint tensor is, told from its name and shape alone, as a plan without a model must.
+
+    Where in doubt the answer is the one that needs more memory, so that a plan is never too small.
+
+    Args:
+        name: Key in the checkpoint, in Hugging Face's or GGUF's naming.
+        shape: Its shape.
+    Returns:
+        The kind; `linear` only for two-dimensional `.weight` tensors with no other claim.
+    """
+    path, _, last = name.rpartition(".")
+    leaf = path.rpartition(".")[2]
+    if re.search(r"\bexperts\b", path) or "_exps" in leaf:
+        return "experts"
+    if last != "weight" or len(shape) != 2:
+        return "other"
+    if _EMBEDDING.match(leaf) and leaf != "embed_out":
+        return "embedding"
+    if _HEAD.match(leaf) and not _BLOCK.search(name):
+        return "head"
+    if _ROUTER.match(leaf) or ".router." in name:
+        return "router"
+    return "linear"
