@@ -1,0 +1,56 @@
+"""Load a language model straight into low-bit weights, planned to the byte and never held in 16 bits.
+
+    import qlazy
+
+    model = qlazy.load_quantized("llama-8b", bits=4)
+    print(model.qlazy_report)
+
+Importing this package imports neither torch nor transformers: each public name is looked up when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlazy.errors import QlazyError
+    from qlazy.hf import QlazyConfig
+    from qlazy.load import load_quantized, plan
+
+__version__ = "0.1.0"
+
+__all__ = ["QlazyConfig", "QlazyError", "__version__", "load_quantized", "plan"]
+
+_HOMES = {
+    "QlazyConfig": "qlazy.hf",
+    "QlazyError": "qlazy.errors",
+    "load_quantized": "qlazy.load",
+    "plan": "qlazy.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `qlazy.plan` the function: the import of the submodule of that name would otherwise bind the module over it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
