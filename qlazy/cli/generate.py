@@ -1,0 +1,214 @@
+"""A loaded model that answers. This module imports transformers, so commands import it only when they need it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers.utils import logging as transformers_logging
+
+from qlazy.cli.options import Options
+from qlazy.cli.progress import Display
+from qlazy.errors import UnsupportedModel, UsageError
+from qlazy.load import load_quantized
+from qlazy.memory import anonymous_bytes
+from qlazy.report import LoadReport, Progress
+from qlazy.source import Source, open_source
+
+Messages = list[dict[str, str]]
+"""A conversation in the form of chat templates."""
+
+
+class Answer(TextStreamer):
+    """Collects what a model generates, and prints it as it comes.
+
+    Args:
+        tokenizer: Decodes it.
+        echo: Whether to print it on stdout.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, echo: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text = ""
+        self._echo = echo
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take the next words.
+
+        Args:
+            text: Words that will not change any more.
+            stream_end: Whether the answer is complete.
+        """
+        self.text += text
+        if self._echo:
+            print(text, end="\n" if stream_end else "", flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """An answer and what it took."""
+
+    text: str
+    """The answer without special tokens."""
+    tokens: int
+    """Tokens generated."""
+    seconds: float
+    """Seconds from the first token of the prompt to the last of the answer."""
+
+    def __str__(self) -> str:
+        """Tokens, seconds and rate."""
+        return f"{self.tokens} tokens in {self.seconds:.1f} s, {self.tokens / max(self.seconds, 1e-9):.1f} tokens/s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model with its tokenizer, ready to answer."""
+
+    model: PreTrainedModel
+    """The quantized model."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer."""
+    max_model_len: int
+    """Tokens that memory was planned for."""
+
+    @property
+    def report(self) -> LoadReport:
+        """What the load told."""
+        return cast(LoadReport, self.model.qlazy_report)
+
+    @property
+    def chats(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return self.tokenizer.chat_template is not None
+
+    def answer(
+        self,
+        prompt: str | Messages,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        echo: bool = False,
+    ) -> Generated:
+        """Generate an answer. Ctrl-C ends it early: `KeyboardInterrupt` is left to the caller.
+
+        Args:
+            prompt: Text to continue, or a conversation to answer.
+            max_new_tokens: Tokens of the answer at most; what was planned for is not exceeded.
+            temperature: 0 takes the likeliest token every time.
+            seed: Of the random numbers.
+            echo: Whether to print the answer on stdout as it comes.
+        Returns:
+            The answer.
+        Raises:
+            UsageError: the prompt leaves no room for an answer.
+        """
+        inputs = self._encode(prompt)
+        length = inputs["input_ids"].shape[-1]
+        room = self.max_model_len - length
+        if room < 1:
+            raise UsageError(
+                f"The prompt has {length} tokens; memory is planned for {self.max_model_len}.",
+                hint=f"Use --max-model-len {length + max_new_tokens}, or a shorter prompt.",
+            )
+        if seed is not None:
+            set_seed(seed)
+        streamer = Answer(self.tokenizer, echo=echo)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            output = cast(Any, self.model).generate(
+                **inputs,
+                generation_config=self._generation_config(min(max_new_tokens, room), temperature),
+                streamer=streamer,
+            )
+        seconds = time.perf_counter() - began
+        return Generated(text=streamer.text.strip(), tokens=output.shape[-1] - length, seconds=seconds)
+
+    def _encode(self, prompt: str | Messages) -> Any:
+        if isinstance(prompt, str):
+            inputs = self.tokenizer(prompt, return_tensors="pt")
+        else:
+            inputs = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        return {name: tensor.to(self.model.device) for name, tensor in kept.items()}
+
+    def _generation_config(self, max_new_tokens: int, temperature: float) -> Any:
+        config: Any = copy.deepcopy(self.model.generation_config)
+        config.max_new_tokens, config.max_length = max_new_tokens, None
+        config.do_sample, config.temperature = temperature > 0, temperature or None
+        if not config.do_sample:
+            config.top_p = config.top_k = None
+        if config.eos_token_id is None:
+            config.eos_token_id = self.tokenizer.eos_token_id
+        if config.pad_token_id is None:
+            first = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+            config.pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else first
+        return config
+
+
+def load(source: Source, options: Options) -> Loaded:
+    """Download what is not here yet, load the model and its tokenizer, and show progress on stderr.
+
+    Args:
+        source: An opened source, of which the headers are enough.
+        options: The shared options.
+    Returns:
+        The model, ready to answer.
+    Raises:
+        QlazyError: whatever stands in the way.
+    """
+    hush(options)
+    with Display(silent=options.quiet or options.json) as display:
+
+        def downloaded(done: int, total: int) -> None:
+            display(Progress(stage="download", done_bytes=done, total_bytes=total, host_bytes=anonymous_bytes()))
+
+        if source.folder is None:
+            source = open_source(source.model_id, on_progress=downloaded, **options.source_arguments())
+        tokenizer = load_tokenizer(source)
+        model = load_quantized(source.model_id, on_progress=display, **options.load_arguments())
+    return Loaded(model=model, tokenizer=tokenizer, max_model_len=options.max_model_len)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the weights, or in them for GGUF.
+
+    Args:
+        source: An opened source with a folder.
+    Returns:
+        The tokenizer.
+    Raises:
+        UnsupportedModel: there is none, or transformers cannot read it.
+    """
+    within = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **within)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UnsupportedModel(
+            f"{source.folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
+            hint="Copy the tokenizer's files beside the weights, or load without one: qlazy load --prompt ''.",
+        ) from error
+    return tokenizer
+
+
+def hush(options: Options) -> None:
+    """Keep libraries from writing on stderr what is no news to the user, unless `--verbose` asks for it.
+
+    Args:
+        options: The shared options.
+    """
+    if options.verbose:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
+        return
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore")

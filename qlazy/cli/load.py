@@ -1,0 +1,84 @@
+"""`qlazy load`: plan, load, verify, and say how the measured bytes compare with the planned ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlazy.cli.app import app, print_json
+from qlazy.cli.options import Model, Options, with_options
+from qlazy.cli.plan import draw_up, plan_only, text
+from qlazy.plan import require_fit
+from qlazy.report import LoadReport, measured_table, report_to_json, timings
+
+if TYPE_CHECKING:
+    from qlazy.cli.generate import Loaded
+
+PROMPT = "In one sentence, what is the sea?"
+"""What a model is asked after a load, to show that it speaks."""
+
+
+@app.command(
+    epilog="Examples:\nqlazy load demo\nqlazy load llama-8b --bits 8 --dry-run\nqlazy load ./folder --format nf4 --json"
+)
+@with_options
+def load(
+    model: Model,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan, as `qlazy plan` does.")] = False,
+    prompt: Annotated[str, typer.Option(help="What to ask the model afterwards; '' asks nothing.")] = PROMPT,
+    options: Options,
+) -> None:
+    """Load MODEL, verify it, and report planned against measured bytes."""
+    if dry_run:
+        plan_only(model, options)
+        return
+    source, planned = draw_up(model, options)
+    options.say(text(source, planned, options))
+    require_fit(planned, source)
+
+    from qlazy.cli import generate
+
+    loaded = generate.load(source, options)
+    report = loaded.report
+    options.say(f"{verified(loaded)}\n{measured_table(report)}\n{timings(report)}{remarks(report)}")
+    said = (
+        loaded.answer([{"role": "user", "content": prompt}] if loaded.chats else prompt, max_new_tokens=32) if prompt else None
+    )
+    if said is not None:
+        options.say(f"It says: {' '.join(said.text.split())}  ({said})")
+    if options.json:
+        print_json(report_to_json(report) | {"generated": None if said is None else dataclasses.asdict(said)})
+    options.say(f"Next: {options.command('chat', model)}")
+
+
+def verified(loaded: Loaded) -> str:
+    """Tensors loaded, and those left without storage, counted once more.
+
+    Args:
+        loaded: A loaded model.
+    Returns:
+        E.g. `272/272 tensors, 0 left without storage`.
+    """
+    model, report = loaded.model, loaded.report
+    left = sum(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers()))
+    return f"{report.tensors_loaded}/{len(report.plan.tensors)} tensors, {left} left without storage"
+
+
+def remarks(report: LoadReport) -> str:
+    """Checkpoint keys that were ignored and parameters that no checkpoint holds.
+
+    Args:
+        report: The report of a finished load.
+    Returns:
+        Lines that each begin with a newline; empty where there is nothing to say.
+    """
+    lines = ""
+    if report.unexpected:
+        lines += f"\nIgnored, as transformers does: {', '.join(report.unexpected)}"
+    if report.initialized:
+        lines += f"\nIn no file, initialized by transformers: {', '.join(report.initialized)}"
+    return lines
