@@ -1,0 +1,320 @@
+"""Weights to integer codes, scales and zero points, and codes to packed words: the definition that every path reproduces.
+
+The same bytes whichever path. What a group becomes depends on that group alone, never on the chunk, the thread count, the
+vector width or the device, because only operations with one IEEE-754 answer are used: float32 add, subtract, multiply, divide
+and round-half-to-even, each rounded by itself (no fused multiply-add), minimum and maximum (order does not matter), and for the
+sum of squared errors an explicit pairwise tree (`_tree_sum`) in place of a library reduction. A C or Triton version has to keep
+that: division rounded to nearest, contraction off, the same tree, the same order of candidates, a later one taken only if
+strictly less.
+
+Inside, a block of rows lies as *planes*, float32 (group, rows * G): element k of every group is one contiguous row. A reduction
+over the group is then a few additions of long rows, and a scale broadcasts along the contiguous axis. On a CPU a block has
+about 131,072 elements: float32 buffers of that size stay in a second-level cache.
+
+Nothing checks for NaN or infinity on the way (it would cost a pass): a group that holds one comes out with a scale that is NaN
+or infinite and with codes that mean nothing, so `scale.isfinite().all()` tells whether the weight was sound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlazy.errors import UsageError
+
+CPU_BLOCK_ELEMENTS = 1 << 17
+"""Weights quantized at a time on a CPU: float32 buffers of this length (512 KiB each) stay in the second-level cache."""
+
+GPU_BLOCK_ELEMENTS = 1 << 23
+"""Weights quantized at a time elsewhere: enough to hide the launches, 96 MiB of buffers."""
+
+_Candidates = tuple[tuple[float, tuple[int, ...]], ...]
+_ASYMMETRIC_CANDIDATES: _Candidates = ((1.0, (0,)), (0.96, (0, -1)), (1.04, (0,)), (0.94, (0, -1)), (0.98, (0,)), (0.9, (-1,)))
+_SYMMETRIC_CANDIDATES: _Candidates = ((1.0, (0,)), (0.94, (0,)), (0.9, (0,)), (0.86, (0,)), (0.82, (0,)), (0.96, (0,)))
+"""Tried in this order: factors on the scale that spans the group, with the shifts of the zero; the first is plain rounding."""
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Float32 working space of one block, made once a call and used for all of its blocks."""
+
+    weight: Tensor
+    rounded: Tensor
+    error: Tensor
+
+    @classmethod
+    def empty(cls, elements: int, device: torch.device) -> _Buffers:
+        return cls(*(torch.empty(elements, dtype=torch.float32, device=device) for _ in range(3)))
+
+    def planes(self, group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        weight, rounded, error = (b[: group * count].view(group, count) for b in (self.weight, self.rounded, self.error))
+        return weight, rounded, error
+
+
+def quantize_int4(
+    weight_NK: Tensor, *, group_size: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Four-bit codes with the scale, and where asymmetric the integer zero, of least squared error among the candidates.
+
+    The first candidate is plain rounding (the scale that spans minimum and maximum); the others shrink or stretch that scale and
+    move the zero. Scales are rounded to `scale_dtype` before the codes are chosen, so what is stored is what was judged.
+
+    Args:
+        weight_NK: Shape (N, K), bfloat16, float16 or float32, any device.
+        group_size: Columns that share a scale, a divisor of K; -1 = the whole row.
+        symmetric: True: the zero is code 8 everywhere and is not returned.
+        scale_dtype: Dtype of the scales: bfloat16, float16 or float32.
+
+    Returns:
+        codes uint8 (N, K) in 0..15; scale `scale_dtype` (N, G), positive; zero uint8 (N, G) in 0..15, None where symmetric.
+        w is about (code - zero) * scale. A group of zeros has scale 1 and codes equal to the zero.
+        A group with NaN or infinity has a scale that is NaN or infinite, and codes that mean nothing.
+
+    Raises:
+        UsageError: The group size does not divide the columns.
+
+    Memory: the results and three float32 buffers of one block (1.5 MiB on a CPU, 96 MiB elsewhere; more if one row is longer).
+    """
+    rows, columns = weight_NK.shape
+    group = _group_columns(group_size, columns)
+    groups, device = columns // group, weight_NK.device
+    codes_NK = torch.empty((rows, columns), dtype=torch.uint8, device=device)
+    scale_NG = torch.empty((rows, groups), dtype=scale_dtype, device=device)
+    zero_NG = None if symmetric else torch.empty((rows, groups), dtype=torch.uint8, device=device)
+    step = _block_rows(rows, columns, device)
+    buffers = _Buffers.empty(step * columns, device)
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        count = (block.stop - block.start) * groups
+        weight, rounded, error = buffers.planes(group, count)
+        weight.copy_(weight_NK[block].reshape(count, group).t())
+        scale, zero = _search(weight, rounded, error, symmetric=symmetric, scale_dtype=scale_dtype)
+        torch.mul(weight, scale.reciprocal(), out=rounded).round_().add_(zero).clamp_(0, 15)
+        codes_NK[block].view(count, group).copy_(rounded.to(torch.uint8).t())
+        scale_NG[block].view(count).copy_(scale)
+        if zero_NG is not None:
+            zero_NG[block].view(count).copy_(zero)
+    return codes_NK, scale_NG, zero_NG
+
+
+def quantize_int8(weight_NK: Tensor, *, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Eight-bit symmetric codes, the scale spanning the largest magnitude of each group.
+
+    Args:
+        weight_NK: Shape (N, K), bfloat16, float16 or float32, any device.
+        group_size: Columns that share a scale, a divisor of K; -1 = the whole row.
+        scale_dtype: Dtype of the scales: bfloat16, float16 or float32.
+
+    Returns:
+        q int8 (N, K) in -127..127; scale `scale_dtype` (N, G), positive. w is about q * scale. A group of zeros has scale 1.
+        A group with NaN or infinity has a scale that is NaN or infinite, and codes that mean nothing.
+
+    Raises:
+        UsageError: The group size does not divide the columns.
+
+    Memory: the results and one float32 buffer of one block (512 KiB on a CPU, 32 MiB elsewhere; more if one row is longer).
+    """
+    rows, columns = weight_NK.shape
+    group = _group_columns(group_size, columns)
+    groups, device = columns // group, weight_NK.device
+    q_NK = torch.empty((rows, columns), dtype=torch.int8, device=device)
+    scale_NG = torch.empty((rows, groups), dtype=scale_dtype, device=device)
+    step = _block_rows(rows, columns, device)
+    buffer = torch.empty(step * columns, dtype=torch.float32, device=device)
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        count = (block.stop - block.start) * groups
+        work = buffer[: count * group].view(count, group)
+        work.copy_(weight_NK[block].reshape(count, group))
+        span = torch.maximum(work.amax(1), work.amin(1).neg_())
+        scale = _round_scale(span / 127.0, span, scale_dtype)
+        work.mul_(scale.reciprocal().unsqueeze(1)).round_().clamp_(-127, 127)
+        q_NK[block].view(count, group).copy_(work)
+        scale_NG[block].view(count).copy_(scale)
+    return q_NK, scale_NG
+
+
+def dequantize_int4(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Weights that the codes stand for: (code - zero) * scale in float32, then rounded to `dtype`.
+
+    Args:
+        codes_NK: uint8 (N, K).
+        scale_NG: Floating, (N, G).
+        zero_NG: uint8 (N, G); None = 8 everywhere.
+        dtype: Dtype of the result.
+
+    Returns:
+        Weights of shape (N, K) in `dtype`.
+
+    Memory: the result and one float32 tensor of its shape; call it on blocks of rows to bound that.
+    """
+    rows, groups = scale_NG.shape
+    work = codes_NK.to(torch.float32).view(rows, groups, -1)
+    work.sub_(8.0 if zero_NG is None else zero_NG.to(torch.float32).unsqueeze(2))
+    return work.mul_(scale_NG.to(torch.float32).unsqueeze(2)).view(codes_NK.shape).to(dtype)
+
+
+def dequantize_int8(q_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights that the codes stand for: q * scale in float32, then rounded to `dtype`.
+
+    Args:
+        q_NK: int8 (N, K).
+        scale_NG: Floating, (N, G).
+        dtype: Dtype of the result.
+
+    Returns:
+        Weights of shape (N, K) in `dtype`.
+
+    Memory: the result and one float32 tensor of its shape; call it on blocks of rows to bound that.
+    """
+    rows, groups = scale_NG.shape
+    work = q_NK.to(torch.float32).view(rows, groups, -1)
+    return work.mul_(scale_NG.to(torch.float32).unsqueeze(2)).view(q_NK.shape).to(dtype)
+
+
+def pack_int4(codes_NK: Tensor) -> Tensor:
+    """Eight codes along a row to one 32-bit word, the first in the lowest bits; the last word is filled up with zeros.
+
+    ::
+
+        bit    31    28 27    24 23    20 19    16 15    12 11     8 7      4 3      0
+              | k=8p+7 | k=8p+6 | k=8p+5 | k=8p+4 | k=8p+3 | k=8p+2 | k=8p+1 | k=8p   |      word p of row n
+        byte  |        3        |        2        |        1        |        0        |      (little-endian)
+
+    Args:
+        codes_NK: uint8 (N, K) in 0..15.
+
+    Returns:
+        int32 (N, ceil(K/8)).
+
+    Memory: the result, and a copy of the codes if K is no multiple of 8.
+    """
+    short = -codes_NK.shape[1] % 8
+    codes = torch.nn.functional.pad(codes_NK, (0, short)) if short else codes_NK
+    # Little-endian bytes of the word: byte b holds k=8p+2b in its low half and k=8p+2b+1 in its high half.
+    return (codes[:, 1::2] << 4).bitwise_or_(codes[:, 0::2]).view(torch.int32)
+
+
+def unpack_int4(packed_NP: Tensor, columns: int) -> Tensor:
+    """The codes that `pack_int4` packed.
+
+    Args:
+        packed_NP: int32 (N, ceil(K/8)).
+        columns: K.
+
+    Returns:
+        uint8 (N, K) in 0..15.
+
+    Memory: the result, and at most 8 padding columns of it.
+    """
+    pairs = packed_NP.contiguous().view(torch.uint8)
+    codes = torch.empty((pairs.shape[0], pairs.shape[1] * 2), dtype=torch.uint8, device=pairs.device)
+    torch.bitwise_and(pairs, 15, out=codes[:, 0::2])
+    torch.bitwise_right_shift(pairs, 4, out=codes[:, 1::2])
+    return codes[:, :columns].contiguous()
+
+
+def pack_zero_points(zero_NG: Tensor) -> Tensor:
+    """Eight zeros along a *column* to one 32-bit word, the first row in the lowest bits; the last word is filled up with zeros.
+
+    ::
+
+        bit    31    28 27    24 23    20 19    16 15    12 11     8 7      4 3      0
+              | n=8i+7 | n=8i+6 | n=8i+5 | n=8i+4 | n=8i+3 | n=8i+2 | n=8i+1 | n=8i   |      word (i, g)
+
+    Args:
+        zero_NG: uint8 (N, G) in 0..15.
+
+    Returns:
+        int32 (ceil(N/8), G).
+
+    Memory: the result and a copy of it.
+    """
+    return pack_int4(zero_NG.t().contiguous()).t().contiguous()
+
+
+def unpack_zero_points(packed: Tensor, rows: int) -> Tensor:
+    """The zeros that `pack_zero_points` packed.
+
+    Args:
+        packed: int32 (ceil(N/8), G).
+        rows: N.
+
+    Returns:
+        uint8 (N, G) in 0..15.
+
+    Memory: the result and a copy of it.
+    """
+    return unpack_int4(packed.t().contiguous(), rows).t().contiguous()
+
+
+def _search(
+    weight: Tensor, rounded: Tensor, error: Tensor, *, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero, float32 (count,), of least squared error over the planes of `weight`; the other two are working space."""
+    high, low = weight.amax(0), weight.amin(0)
+    if symmetric:
+        span = torch.maximum(high, -low)
+        widest, candidates = span / 7.0, _SYMMETRIC_CANDIDATES
+    else:
+        # Zero has to be a code, so the range always takes in 0.
+        low.clamp_(max=0.0)
+        span = high.clamp_(min=0.0).sub_(low)
+        widest, candidates = span / 15.0, _ASYMMETRIC_CANDIDATES
+    best_scale = best_zero = least = torch.empty(0)
+    for factor, shifts in candidates:
+        scale = _round_scale(widest * factor, span, scale_dtype)
+        inverse = scale.reciprocal()
+        torch.mul(weight, inverse, out=rounded)
+        for shift in shifts:
+            if symmetric:
+                zero = torch.full_like(scale, 8.0)
+            else:
+                zero = low.mul(inverse).neg_().round_().add_(shift).clamp_(0, 15)
+            # Error in units of the scale: clamp(round(w/s), -zero, 15-zero) - w/s.
+            torch.round(rounded, out=error)
+            error.clamp_(-zero, 15.0 - zero).sub_(rounded).square_()
+            loss = _tree_sum(error).mul_(scale).mul_(scale)
+            if least.numel() != loss.numel():
+                best_scale, best_zero, least = scale, zero, loss
+                continue
+            better = loss < least
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero, best_zero)
+            least = torch.where(better, loss, least)
+    return best_scale, best_zero
+
+
+def _tree_sum(planes: Tensor) -> Tensor:
+    """Sum over the first axis in place, always the same tree: fold the upper half onto the lower, an odd middle one waits."""
+    count = planes.shape[0]
+    while count > 1:
+        half = count // 2
+        planes[:half].add_(planes[count - half : count])
+        count -= half
+    return planes[0]
+
+
+def _round_scale(scale: Tensor, span: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as `dtype` will store it, in float32: never 0, and 1 for a group of zeros."""
+    # The least half is subnormal, 2**-24; below the least normal number the inverse of the others would overflow.
+    least = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
+    stored = scale.to(dtype).to(torch.float32).clamp_(min=least)
+    return stored.masked_fill_(span == 0, 1.0)
+
+
+def _group_columns(group_size: int, columns: int) -> int:
+    group = columns if group_size == -1 else group_size
+    if group <= 0 or columns % group:
+        raise UsageError(
+            f"Group size {group_size} does not divide the {columns} columns of the weight.",
+            hint="Use a group size that divides them, or -1 for one scale per row.",
+        )
+    return group
+
+
+def _block_rows(rows: int, columns: int, device: torch.device) -> int:
+    elements = CPU_BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    return max(1, min(rows, elements // max(columns, 1)))
