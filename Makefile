@@ -57,11 +57,11 @@ format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 test-gpu: ## tests that need a CUDA device, with the python that is there and from the checkout: installs nothing
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/gpu
 
-bench: $(VENV)/.installed-test $(VENV)/.demo-model ## compare with peers on this machine
-	$(BIN)/python -m benchmarks
+bench: $(VENV)/.installed-test $(VENV)/.demo-model ## run every benchmark on this machine
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-docs: $(VENV)/.installed ## write docs/cli.md from the command line itself
-	$(BIN)/typer qlazy.cli utils docs --name qlazy --output docs/cli.md
+docs: $(VENV)/.installed ## write docs/cli.md from the commands themselves
+	$(BIN)/python docs/generate_cli.py
 
 build: $(VENV)/.installed-test ## sdist, and the wheel from that sdist, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist

@@ -54,6 +54,7 @@ TORCH_FREE = [
     "qlazy.source",
     "qlazy.source_gguf",
     "qlazy.source_hub",
+    "qlazy.source_hub_client",
     "qlazy.source_index",
     "qlazy.source_safetensors",
 ]
