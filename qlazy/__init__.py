@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlazy.errors import QlazyError
     from qlazy.hf import QlazyConfig
-    from qlazy.load import load_quantized, plan
+    from qlazy.api import load_quantized, plan
 
 __version__ = "0.1.0"
 
@@ -27,8 +27,8 @@ __all__ = ["QlazyConfig", "QlazyError", "__version__", "load_quantized", "plan"]
 _HOMES = {
     "QlazyConfig": "qlazy.hf",
     "QlazyError": "qlazy.errors",
-    "load_quantized": "qlazy.load",
-    "plan": "qlazy.load",
+    "load_quantized": "qlazy.api",
+    "plan": "qlazy.api",
 }
 
 

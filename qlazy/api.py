@@ -1,0 +1,178 @@
+"""The public functions: `plan` and `load_quantized`. They turn options into a source, a recipe and a budget, and say the rest once.
+
+Importing this module imports neither torch nor transformers, and `plan` never does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from qlazy.budget import make_budget
+from qlazy.plan import Plan, make_plan
+from qlazy.recipe import make_recipe
+from qlazy.report import Progress
+from qlazy.source import open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def plan(
+    model_id: str | os.PathLike[str],
+    *,
+    bits: int = 4,
+    format: str | None = None,  # noqa: A002 - the word users type
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    double_quant: bool = True,
+    modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
+    device_map: str | Mapping[str, str] = "auto",
+    max_memory: Mapping[str | int, str | int] | None = None,
+    reserve: str | int | None = None,
+    max_model_len: int = 4096,
+    dtype: str = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Plan:
+    """Say what a load would take, from the headers alone.
+
+    Args:
+        model_id: A folder, a `.gguf` file, an alias, or a hub id.
+        bits: 4 or 8.
+        format: `int4`, `int8`, `nf4` or `fp4`; overrides `bits`.
+        group_size: Columns that share a scale.
+        symmetric: Int4 without zero points.
+        double_quant: NF4 and FP4 with absmax in 8 bits.
+        modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
+        device_map: `auto`, `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
+        max_memory: Bytes or sizes by device.
+        reserve: Bytes or size to keep free on each device.
+        max_model_len: Tokens that the KV cache and activations are planned for.
+        dtype: `auto` or a torch dtype name, for what is not quantized.
+        revision: Branch, tag or commit on the hub.
+        token: Hub token.
+        cache_dir: Hub cache.
+        local_files_only: Do not ask the hub.
+    Returns:
+        The plan, which fits.
+    Raises:
+        DoesNotFit: a device is short.
+        QlazyError: the model is not found, not supported, or damaged.
+
+    Memory: the headers. Neither torch nor transformers is imported.
+    """
+    recipe = make_recipe(
+        bits=bits,
+        format=format,
+        group_size=group_size,
+        symmetric=symmetric,
+        double_quant=double_quant,
+        modules_to_not_convert=modules_to_not_convert,
+    )
+    source = open_source(
+        model_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, headers_only=True
+    )
+    budget = make_budget(device_map, max_memory, reserve=reserve, max_model_len=max_model_len)
+    return make_plan(source, recipe, budget, dtype=dtype)
+
+
+def load_quantized(
+    model_id: str | os.PathLike[str],
+    *,
+    bits: int = 4,
+    format: str | None = None,  # noqa: A002 - the word users type
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    double_quant: bool = True,
+    modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
+    device_map: str | Mapping[str, str] = "auto",
+    max_memory: Mapping[str | int, str | int] | None = None,
+    reserve: str | int | None = None,
+    max_model_len: int = 4096,
+    dtype: str = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    attn_implementation: str | None = None,
+    strict: bool = True,
+    drop_page_cache: bool = True,
+    trust_remote_code: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> PreTrainedModel:
+    """Load a model with its linear layers in 4 or 8 bits, never holding more than that and a small ring.
+
+        model = qlazy.load_quantized("org/name", bits=4)
+        model.generate(...)                  # an ordinary transformers model
+        print(model.qlazy_report)
+
+    Args:
+        model_id: A folder, a `.gguf` file, an alias, or a hub id.
+        bits: 4 or 8.
+        format: `int4`, `int8`, `nf4` or `fp4`; overrides `bits`.
+        group_size: Columns that share a scale.
+        symmetric: Int4 without zero points.
+        double_quant: NF4 and FP4 with absmax in 8 bits.
+        modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
+        device_map: `auto`, `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
+        max_memory: Bytes or sizes by device.
+        reserve: Bytes or size to keep free on each device.
+        max_model_len: Tokens that the KV cache and activations are planned for.
+        dtype: `auto` or a torch dtype name, for what is not quantized.
+        revision: Branch, tag or commit on the hub.
+        token: Hub token.
+        cache_dir: Hub cache.
+        local_files_only: Do not ask the hub.
+        attn_implementation: As in transformers.
+        strict: Whether missing and unexpected tensors are errors; False initializes the former and leaves out the latter.
+        drop_page_cache: Give the file pages that the load brings in back to the kernel.
+        trust_remote_code: Run Python code from the model's folder.
+        on_progress: Called a few times a second with a `Progress`.
+    Returns:
+        The model in evaluation mode, a `transformers.PreTrainedModel`, with its `LoadReport` as `qlazy_report`.
+    Raises:
+        DoesNotFit: before anything is read.
+        CorruptCheckpoint: a damaged file, by name of file and tensor.
+        QlazyError: the model is not found or not supported.
+
+    Memory: on the host, the packed bytes that live there, the ring of 64 MiB, and 64 MiB of work buffers (more only for weights that
+    transformers must convert as a whole); on a GPU, the packed bytes and the chunks in flight.
+    """
+    from qlazy.load import load
+
+    recipe = make_recipe(
+        bits=bits,
+        format=format,
+        group_size=group_size,
+        symmetric=symmetric,
+        double_quant=double_quant,
+        modules_to_not_convert=modules_to_not_convert,
+    )
+
+    def downloading(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress(stage="download", done_bytes=done, total_bytes=total, host_bytes=0))
+
+    source = open_source(
+        model_id,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        on_progress=downloading,
+    )
+    return load(
+        source,
+        recipe,
+        make_budget(device_map, max_memory, reserve=reserve, max_model_len=max_model_len),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        strict=strict,
+        drop_page_cache=drop_page_cache,
+        trust_remote_code=trust_remote_code,
+        on_progress=on_progress,
+    )

@@ -1,0 +1,87 @@
+"""Finish a load: ties, what no checkpoint holds, hooks between devices, and the proof that nothing is left without storage."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from qlazy.errors import IncompleteCheckpoint
+from qlazy.hf import attach_quantizer
+from qlazy.match import Match
+from qlazy.place import Placer
+from qlazy.plan import Plan
+from qlazy.source import Source
+
+
+def finish(model: PreTrainedModel, plan: Plan, match: Match, placer: Placer, source: Source) -> PreTrainedModel:
+    """Turn a filled placeholder into a model that runs.
+
+    Args:
+        model: The model, its storage filled.
+        plan: The exact plan.
+        match: What was filled and what was missing.
+        placer: The account of rows.
+        source: Where it comes from, for its generation config.
+    Returns:
+        The same model, in evaluation mode, its weights frozen.
+    Raises:
+        IncompleteCheckpoint: a tensor was not filled to its last row, or has no storage. That would be a fault of qlazy's, found
+            here and not by the user.
+
+    Memory: what is initialized, which is part of the plan.
+    """
+    for fill in match.fills:
+        for target in fill.targets:
+            if left := placer.rows_left(target):
+                raise IncompleteCheckpoint(f"{source.model_id}: {left} rows of {target!r} were never filled.")
+    if match.missing:
+        _initialize(model, set(match.missing))
+    model.tie_weights(missing_keys=_unfilled(model, match), recompute_mapping=False)
+    require_storage(model, source.model_id)
+    model.requires_grad_(False)
+    if source.gguf_file is None and source.folder is not None and (source.folder / "generation_config.json").is_file():
+        if model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    devices = {tensor.device for tensor in plan.tensors}
+    if len(devices) > 1:
+        from accelerate import dispatch_model
+
+        dispatch_model(model, device_map=_module_map(model, plan), main_device=plan.budget.devices[0])
+    attach_quantizer(model, plan.recipe)
+    return model.eval()
+
+
+def require_storage(model: nn.Module, model_id: str) -> None:
+    """Raise where a parameter or buffer is still a placeholder.
+
+    Args:
+        model: Any module.
+        model_id: For the message.
+    Raises:
+        IncompleteCheckpoint: one has no storage; the message names the first three.
+    """
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise IncompleteCheckpoint(f"{model_id}: {len(empty)} tensors have no storage after the load: {', '.join(empty[:3])}.")
+
+
+def _initialize(model: PreTrainedModel, missing: set[str]) -> None:
+    """Let transformers initialize what no file holds, and nothing else."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor._is_hf_initialized = name not in missing  # type: ignore[attr-defined]
+    with torch.no_grad():
+        model.initialize_weights()
+
+
+def _unfilled(model: PreTrainedModel, match: Match) -> set[str]:
+    filled = {target for fill in match.fills for target in fill.targets}
+    return set(getattr(model, "all_tied_weights_keys", {})) | set(match.missing) - filled
+
+
+def _module_map(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Device of every module that holds tensors, as accelerate wants it: a module whose tensors agree stands for all below it."""
+    places: dict[str, str] = {}
+    for tensor in plan.tensors:
+        places[tensor.name.rpartition(".")[0]] = tensor.device
+    return places

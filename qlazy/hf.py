@@ -1,0 +1,230 @@
+"""qlazy as a transformers quantizer: `from_pretrained(..., quantization_config=qlazy.QlazyConfig(bits=4))`.
+
+transformers then reads and places the weights, one after the other, and qlazy's layers quantize them. `qlazy.load_quantized` gives the
+same layers with its own bounded and overlapped pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qlazy.errors import CorruptCheckpoint, UnsupportedModel
+from qlazy.formats import Int4
+from qlazy.layers import NonFiniteError, QuantLinear
+from qlazy.recipe import Recipe, make_recipe
+from qlazy.swap import entries_of, quant_layer
+
+
+@register_quantization_config("qlazy")
+class QlazyConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What to quantize and how, for `from_pretrained`.
+
+    Args:
+        bits: 4 or 8.
+        format: `int4`, `int8`, `nf4` or `fp4`; overrides `bits`.
+        group_size: Columns that share a scale.
+        symmetric: Int4 without zero points.
+        double_quant: NF4 and FP4 with absmax in 8 bits.
+        modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
+        kwargs: What transformers adds when it reads a saved config; `quant_method` is all that is expected.
+    Raises:
+        UsageError: as `make_recipe`.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        format: str | None = None,  # noqa: A002 - the word users type
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        double_quant: bool = True,
+        modules_to_not_convert: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        unknown = set(kwargs) - {"quant_method"}
+        if unknown:
+            raise TypeError(f"QlazyConfig has no option {sorted(unknown)[0]!r}")
+        self.quant_method = "qlazy"
+        self.bits = bits
+        self.format = format
+        self.group_size = group_size
+        self.symmetric = symmetric
+        self.double_quant = double_quant
+        self.modules_to_not_convert = modules_to_not_convert
+        self.recipe()
+
+    def recipe(self) -> Recipe:
+        """The recipe that these options make.
+
+        Returns:
+            A recipe.
+        """
+        return make_recipe(
+            bits=self.bits,
+            format=self.format,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            double_quant=self.double_quant,
+            modules_to_not_convert=self.modules_to_not_convert,
+        )
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> QlazyConfig:
+        """The options that make a recipe.
+
+        Args:
+            recipe: Any recipe.
+        Returns:
+            A config.
+        """
+        chosen = recipe.format
+        name = {"Int4": "int4", "Int8": "int8"}.get(type(chosen).__name__) or getattr(chosen, "kind", None)
+        return cls(
+            bits=chosen.bits,
+            format=name,
+            group_size=chosen.group_size,
+            symmetric=chosen.symmetric if isinstance(chosen, Int4) else None,
+            double_quant=getattr(chosen, "double_quant", True),
+            modules_to_not_convert=list(recipe.modules_to_not_convert) or None,
+        )
+
+
+@register_quantizer("qlazy")
+class QlazyQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps layers before transformers loads, and quantizes each weight as it comes."""
+
+    requires_calibration = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what cannot be opened yet.
+
+        Args:
+            args: Unused.
+            kwargs: Unused.
+        Raises:
+            UnsupportedModel: a folder that was saved in this quantizer's own layout.
+        """
+        if self.pre_quantized:
+            raise UnsupportedModel(
+                "This folder was saved with quant_method 'qlazy', which this version cannot reopen.",
+                hint="Load the 16-bit model with qlazy.load_quantized.",
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Mapping[str, Any] | str | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        recipe = self.quantization_config.recipe()
+        everything = dict.fromkeys(model.state_dict(), 0)
+        for entry in entries_of(model, everything):
+            rows, columns = entry.shape if len(entry.shape) == 2 else (0, 0)
+            fmt, _ = recipe.format_for(entry.kind, entry.name, rows, columns)
+            if fmt is None:
+                continue
+            path = entry.name.removesuffix(".weight")
+            layer = model.get_submodule(path)
+            swapped = quant_layer(layer, fmt, getattr(torch, entry.dtype), _device(device_map, path))
+            # transformers looks for the weight by its key; this stands in for it until `_Quantize` has filled the layer.
+            swapped._parameters["weight"] = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
+            model.set_submodule(path, swapped)
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether a checkpoint tensor is the weight of a swapped layer.
+
+        Args:
+            model: The model.
+            param_name: The tensor's name in it.
+            kwargs: Unused.
+        Returns:
+            True where it is.
+        """
+        path, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(path), QuantLinear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation that transformers applies to such a tensor.
+
+        Returns:
+            A new operation.
+        """
+        return _Quantize()
+
+    def is_serializable(self) -> bool:
+        """Whether `save_pretrained` may write this model.
+
+        Returns:
+            False: transformers then refuses with a message, in place of writing a folder that would reopen with random weights.
+        """
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """True: the weights are frozen, but gradients pass through the layers to adapters below them."""
+        return True
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """Fills a layer with the weight that transformers read for it."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: PreTrainedModel | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Quantize; nothing is left for transformers to set."""
+        assert model is not None
+        for name, values in input_dict.items():
+            weight: Tensor = values[0] if isinstance(values, list) else values
+            path = name.removesuffix(".weight")
+            layer = model.get_submodule(path)
+            assert isinstance(layer, QuantLinear)
+            stand_in = layer._parameters["weight"]
+            assert stand_in is not None
+            if weight.shape != stand_in.shape:
+                raise CorruptCheckpoint(
+                    f"Tensor {name!r} has shape {list(weight.shape)}, but the model has {list(stand_in.shape)}."
+                )
+            layer.allocate(weight.device)
+            try:
+                layer.fill(weight)
+            except NonFiniteError:
+                raise CorruptCheckpoint(
+                    f"Tensor {name!r} holds a NaN or an infinity.", hint="Download the model again."
+                ) from None
+            del layer._parameters["weight"]
+            layer._is_hf_initialized = True
+            if missing_keys is not None:
+                missing_keys -= {name, *(f"{path}.{key}" for key in layer.storage)}
+        return {}
+
+
+def attach_quantizer(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Mark a loaded model as quantized, the way transformers marks its own: it then refuses what would lose the packed weights.
+
+    Args:
+        model: A model with swapped layers.
+        recipe: What they were made by.
+    """
+    config = QlazyConfig.of_recipe(recipe)
+    model.hf_quantizer = QlazyQuantizer(config, pre_quantized=False)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+
+
+def _device(device_map: Mapping[str, Any] | str | None, path: str) -> str:
+    """Device of a module: that of the longest prefix of its path."""
+    if not isinstance(device_map, Mapping):
+        return str(device_map) if device_map in ("cpu", "cuda") else "cpu"
+    prefixes = [p for p in device_map if p == "" or path == p or path.startswith(p + ".")]
+    return str(torch.device(device_map[max(prefixes, key=len)])) if prefixes else "cpu"

@@ -1,0 +1,124 @@
+"""The story of a load, in the order in which it happens.
+
+0. open_source        alias, hub id, folder or file -> config and tensor headers; no weights are read
+1. make_plan          exact bytes for each device, or DoesNotFit
+2. build_placeholder  the model class, its parameters without storage
+3. match_tensors      which stored tensor becomes which of the model's; names, shapes and dtypes are checked
+4. swap_layers        linear layers -> low-bit layers, still without storage; the plan becomes exact
+5. stream, place      a bounded ring: read in file order, quantize straight into final storage
+6. finish             ties, what no file holds, and the proof that nothing is left without storage
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from qlazy.budget import Budget
+from qlazy.finish import finish
+from qlazy.match import match_tensors
+from qlazy.memory import Meter, anonymous_bytes
+from qlazy.place import Placer
+from qlazy.placeholder import build_placeholder
+from qlazy.plan import make_plan
+from qlazy.recipe import Recipe
+from qlazy.report import LoadReport, Progress
+from qlazy.source import Source
+from qlazy.stream import Stream, worker_count
+from qlazy.swap import swap_layers
+
+
+def load(
+    source: Source,
+    recipe: Recipe,
+    budget: Budget,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    strict: bool = True,
+    drop_page_cache: bool = True,
+    trust_remote_code: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> PreTrainedModel:
+    """Load an opened source. `qlazy.load_quantized` is this with the options spelled out, and documents them.
+
+    Args:
+        source: An opened local source.
+        recipe: What to quantize and how.
+        budget: Devices and their limits.
+        dtype: `auto` or a torch dtype name, for what is not quantized.
+        attn_implementation: As in transformers.
+        strict: Whether missing and unexpected tensors are errors.
+        drop_page_cache: Give the file pages that the load brings in back to the kernel.
+        trust_remote_code: Run Python code from the model's folder.
+        on_progress: Called a few times a second.
+    Returns:
+        The model in evaluation mode, with its `LoadReport` as `qlazy_report`.
+    Raises:
+        DoesNotFit: before anything is read.
+        CorruptCheckpoint: a damaged file, by name of file and tensor.
+        UnsupportedModel: no such architecture.
+
+    Memory: as `qlazy.load_quantized`.
+    """
+    clock = _Clock()
+    with Meter() as meter:
+        plan = make_plan(source, recipe, budget, dtype=dtype)
+        clock.lap("plan")
+        model = build_placeholder(
+            source, getattr(torch, plan.dtype), attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+        match = match_tensors(model, source, strict=strict)
+        plan = swap_layers(model, plan, match, source)
+        clock.lap("build")
+        placer = Placer(model, plan)
+        with Stream(match.fills, placer.place, worker_count(match.fills), drop_page_cache) as stream:
+            for done in stream:
+                if on_progress is not None:
+                    total = sum(fill.nbytes for fill in match.fills)
+                    on_progress(Progress(stage="read", done_bytes=done, total_bytes=total, host_bytes=anonymous_bytes()))
+        clock.lap("stream")
+        model = finish(model, plan, match, placer, source)
+        clock.lap("finish")
+    model.qlazy_report = LoadReport(
+        plan=plan,
+        seconds=clock.seconds,
+        bytes_read=stream.bytes_done,
+        device_bytes=_device_bytes(model),
+        host_peak_bytes=meter.peak_bytes,
+        device_peak_bytes={d: torch.cuda.max_memory_allocated(d) for d in budget.devices if d != "cpu"},
+        unexpected=list(match.unexpected),
+        initialized=list(match.missing),
+        samples=meter.samples,
+        tensors_loaded=sum(len(fill.targets) for fill in match.fills),
+    )
+    return model
+
+
+class _Clock:
+    """Seconds by stage, and in all."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self.seconds["total"] = now - self._start
+        self._last = now
+
+
+def _device_bytes(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes of weights and buffers by device, tied storage counted once."""
+    storages = {
+        (str(t.device), t.untyped_storage().data_ptr()): t.untyped_storage().nbytes()
+        for t in [*model.parameters(), *model.buffers()]
+    }
+    found: dict[str, int] = {}
+    for (device, _), nbytes in storages.items():
+        found[device] = found.get(device, 0) + nbytes
+    return found

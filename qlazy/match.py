@@ -1,0 +1,307 @@
+"""Match a checkpoint with a model: which stored tensors become which of the model's, and what is missing or left over.
+
+transformers' own renames, prefixes and weight converters decide, so that whatever it loads finds its place here too. Everything is
+checked on shapes alone, before any storage exists and before a byte of weights is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel
+from qlazy.layers import ROW_BLOCK
+from qlazy.source import Source, TensorInfo
+
+Convert = Callable[[list[Tensor]], dict[str, Tensor]]
+"""Stored tensors, in the order of `Fill.sources`, to tensors of the model by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """Stored tensors that together become tensors of the model."""
+
+    sources: tuple[TensorInfo, ...]
+    """What is read."""
+    targets: tuple[str, ...]
+    """Names in the model."""
+    convert: Convert | None = None
+    """None: one tensor whose rows go straight to their place, a chunk at a time. Else it is read as a whole and converted."""
+    row_order: Tensor | None = None
+    """int64 (rows,): the row of the model that each stored row becomes; None = the same."""
+    row_block: int = ROW_BLOCK
+    """Rows that must come together: a multiple of 64, and of the blocks within which `row_order` moves rows."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(source.nbytes for source in self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """How a checkpoint and a model fit together."""
+
+    fills: tuple[Fill, ...]
+    """Every stored tensor that has a place, in file order."""
+    unexpected: tuple[str, ...]
+    """Stored tensors that have none and that transformers ignores."""
+    missing: tuple[str, ...]
+    """Tensors of the model that nothing fills and that transformers initializes or ties."""
+
+    @property
+    def largest_conversion(self) -> int:
+        """Bytes of the largest tensors that are read as a whole: what a load needs beside its ring."""
+        return max((fill.nbytes for fill in self.fills if fill.convert is not None), default=0)
+
+
+def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True) -> Match:
+    """Find the place of every stored tensor.
+
+    Args:
+        model: A placeholder, its layers not swapped yet.
+        source: An opened local source.
+        strict: Whether a missing or an unexpected tensor that transformers would not ignore is an error.
+    Returns:
+        The match.
+    Raises:
+        IncompleteCheckpoint: a tensor of the model is in no file.
+        CorruptCheckpoint: a stored tensor has another shape or kind of dtype than the model's, or no place in it.
+        UnsupportedModel: a stored dtype or layout that is not read.
+
+    Memory: names and shapes.
+    """
+    state = model.state_dict()
+    fills, leftover = _match_gguf(model, source, state) if source.kind == "gguf" else _match_keys(model, source, state)
+    for fill in fills:
+        _require_dtypes(fill, state)
+    filled = {target for fill in fills for target in fill.targets}
+    missing = sorted(set(state) - filled - _tied(model, filled))
+    missing, ignored_missing = _split(missing, model._keys_to_ignore_on_load_missing)
+    # Older checkpoints hold buffers that models now compute; transformers passes over both kinds.
+    computed = {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    unexpected, ignored = _split(leftover, computed | set(model._keys_to_ignore_on_load_unexpected or ()))
+    if strict and missing:
+        raise IncompleteCheckpoint(
+            f"{source.model_id}: {len(missing)} tensors that {type(model).__name__} needs are in none of its files: {_some(missing)}",
+            hint="Download the model again, or pass strict=False (--no-strict) to initialize them at random.",
+        )
+    if strict and unexpected and source.kind != "gguf":
+        raise CorruptCheckpoint(
+            f"{source.model_id}: {len(unexpected)} stored tensors have no place in {type(model).__name__}: {_some(unexpected)}",
+            hint="The files belong to another model or version; pass strict=False (--no-strict) to leave them out.",
+        )
+    ordered = sorted(fills, key=lambda fill: (str(fill.sources[0].path), fill.sources[0].offset))
+    return Match(fills=tuple(ordered), unexpected=tuple([*unexpected, *ignored]), missing=tuple([*missing, *ignored_missing]))
+
+
+def _match_keys(model: PreTrainedModel, source: Source, state: dict[str, Tensor]) -> tuple[list[Fill], list[str]]:
+    """Match by transformers' renames and converters, as its own loader does."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    fills: list[Fill] = []
+    leftover: list[str] = []
+    grouped: dict[str, tuple[WeightConverter, list[tuple[str, TensorInfo]]]] = {}
+    # Converters collect tensors in natural order of their keys (expert 2 before expert 10).
+    for key in sorted(source.tensors, key=_natural):
+        info = source.tensors[key]
+        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if target not in state and key in state:
+            target, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        if target not in state:
+            leftover.append(key)
+        elif pattern is None:
+            fills.append(_straight(model, target, info, state[target]))
+        else:
+            grouped.setdefault(target, (by_pattern[pattern], []))[1].append((pattern, info))
+    for target, (converter, members) in grouped.items():
+        fills.append(_converted(model, target, converter, members, state))
+    return fills, leftover
+
+
+def _straight(model: PreTrainedModel, target: str, info: TensorInfo, placeholder: Tensor) -> Fill:
+    if tuple(placeholder.shape) != info.shape:
+        raise CorruptCheckpoint(
+            f"{info.path.name}: tensor {info.name!r} has shape {list(info.shape)}, but {type(model).__name__} has "
+            f"{list(placeholder.shape)} for {target!r}.",
+            hint="config.json and the weights belong to different models; download both again.",
+        )
+    if isinstance(model.get_submodule(target.rpartition(".")[0]), Conv1D) and len(info.shape) == 2:
+        return Fill(sources=(info,), targets=(target,), convert=lambda tensors: {target: tensors[0]})
+    return Fill(sources=(info,), targets=(target,))
+
+
+def _converted(
+    model: PreTrainedModel,
+    target: str,
+    converter: WeightConverter,
+    members: list[tuple[str, TensorInfo]],
+    state: dict[str, Tensor],
+) -> Fill:
+    """A fill through one of transformers' converters, tried on meta tensors first to learn its targets and shapes."""
+    sources = tuple(info for _, info in members)
+
+    def convert(tensors: list[Tensor]) -> dict[str, Tensor]:
+        fresh = copy.deepcopy(converter)
+        for (pattern, info), tensor in zip(members, tensors, strict=True):
+            fresh.add_tensor(target, info.name, pattern, tensor)  # type: ignore[arg-type]
+        made: dict[str, Any] = fresh.convert(target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    empty = [torch.empty(info.shape, dtype=_float_or(info), device="meta") for info in sources]
+    try:
+        made = convert(empty)
+    except Exception as error:
+        raise CorruptCheckpoint(
+            f"{sources[0].path.name}: {len(sources)} tensors from {sources[0].name!r} on cannot be converted into {target!r}: {error}",
+            hint="config.json and the weights belong to different models; download both again.",
+        ) from error
+    for name, tensor in made.items():
+        if name not in state or tensor.shape != state[name].shape:
+            wanted = list(state[name].shape) if name in state else "nothing of that name"
+            raise CorruptCheckpoint(
+                f"{sources[0].path.name}: {sources[0].name!r} and its group become {name!r} of shape {list(tensor.shape)}, but "
+                f"{type(model).__name__} has {wanted}.",
+                hint="config.json and the weights belong to different models; download both again.",
+            )
+    return Fill(sources=sources, targets=tuple(made), convert=convert)
+
+
+def _match_gguf(model: PreTrainedModel, source: Source, state: dict[str, Tensor]) -> tuple[list[Fill], list[str]]:
+    """Match llama.cpp's names and undo what its converter did to the values, with transformers' tables."""
+    import numpy as np
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    arch = str(source.config.get("model_type"))
+    processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=model.config.to_dict())
+    names = _gguf_names(model, processor, arch, state)
+    fills, leftover = [], []
+    for key, info in source.tensors.items():
+        target = names.get(key)
+        if target is None or target not in state:
+            leftover.append(key)
+            continue
+        if len(info.shape) > 2:
+            raise UnsupportedModel(
+                f"{info.path.name}: {key!r} has {len(info.shape)} dimensions; fused experts in GGUF files are not read.",
+                hint="Use the model's safetensors files.",
+            )
+
+        def convert(tensors: list[Tensor], key: str = key, target: str = target) -> dict[str, Tensor]:
+            made = processor.process(
+                tensors[0].float().numpy(), key, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
+            )
+            return {target: torch.from_numpy(np.ascontiguousarray(made.weights)).view(state[target].shape)}
+
+        order = _row_order(processor, key, info) if len(info.shape) == 2 else None
+        if order is None:
+            fills.append(Fill(sources=(info,), targets=(target,), convert=convert))
+            continue
+        straight = _straight(model, target, info, state[target])
+        if not torch.equal(order, torch.arange(len(order))):
+            straight = dataclasses.replace(straight, row_order=order, row_block=math.lcm(ROW_BLOCK, _closed_block(order)))
+        fills.append(straight)
+    return fills, leftover
+
+
+def _gguf_names(model: PreTrainedModel, processor: Any, arch: str, state: dict[str, Tensor]) -> dict[str, str]:
+    """The model's name of every tensor that llama.cpp names: one pass over the state, or transformers' own walk over all submodules
+    (seconds for a deep model) where that leaves a name out."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    known = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    names: dict[str, str] = {}
+    if arch in known:
+        table = get_tensor_name_map(known[arch], model.config.get_text_config().num_hidden_layers)
+        for name in state:
+            path, _, leaf = name.rpartition(".")
+            gguf_name = table.get_name(path) if leaf in ("weight", "bias") else table.get_name(name)
+            if gguf_name is not None:
+                names[f"{gguf_name}.{leaf}" if leaf in ("weight", "bias") else gguf_name] = name
+    if len(names) < len(state):
+        walked: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+        names = walked | names
+    return names
+
+
+def _row_order(processor: Any, key: str, info: TensorInfo) -> Tensor | None:
+    """Where a processor moves each row, told by giving it row numbers; None where it does more than move rows."""
+    import numpy as np
+
+    rows = info.shape[0]
+    numbers = np.arange(rows, dtype=np.float64)[:, None]
+    try:
+        made = processor.process(numbers.copy(), key, tensor_key_mapping=None, parsed_parameters={"tensors": {}})
+    except Exception:  # noqa: BLE001 - a processor that needs the real width fails in its own way; then the whole tensor is converted
+        return None
+    if made.weights.shape != numbers.shape or made.name != key:
+        return None
+    came_from = torch.from_numpy(np.ascontiguousarray(made.weights))[:, 0].long()
+    if not torch.equal(came_from.sort().values, torch.arange(rows)):
+        return None
+    return torch.argsort(came_from)
+
+
+def _closed_block(order: Tensor) -> int:
+    """The least number of rows in which a row order stays within equal blocks."""
+    rows = len(order)
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    return next(size for size in sizes if torch.equal(order // size, torch.arange(rows) // size))
+
+
+def _require_dtypes(fill: Fill, state: dict[str, Tensor]) -> None:
+    for info in fill.sources:
+        for target in fill.targets:
+            stored, wanted = _float_or(info), state[target].dtype
+            if stored.is_floating_point != wanted.is_floating_point:
+                raise CorruptCheckpoint(
+                    f"{info.path.name}: tensor {info.name!r} is stored as {info.dtype}, but {target!r} is {wanted}.",
+                    hint="An integer where a weight belongs usually is a quantized checkpoint without its config; get the original.",
+                )
+
+
+def _float_or(info: TensorInfo) -> torch.dtype:
+    """Torch's dtype of a stored tensor; float32 for GGUF's block types, which are decoded to it."""
+    found = getattr(torch, info.dtype, None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _tied(model: PreTrainedModel, filled: set[str]) -> set[str]:
+    """Tensors that get their values by being tied to one that is filled."""
+    tied: set[str] = set()
+    for target, origin in getattr(model, "all_tied_weights_keys", {}).items():
+        if {target, origin} & filled:
+            tied |= {target, origin} - filled
+    return tied
+
+
+def _split(names: list[str], patterns: Any) -> tuple[list[str], list[str]]:
+    """Names that no pattern matches, and names that one does."""
+    joined = re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
+    ignored = [name for name in names if joined is not None and joined.search(name)]
+    return [name for name in names if name not in set(ignored)], ignored
+
+
+def _natural(key: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(name) for name in names[:3]) + more

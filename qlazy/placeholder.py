@@ -1,0 +1,108 @@
+"""Build the model that a source describes, with no storage for its parameters."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights, no_tie_weights
+
+from qlazy.errors import UnsupportedModel
+from qlazy.lazy import lazy_build
+from qlazy.source import Source
+
+logger = logging.getLogger(__name__)
+
+
+def build_placeholder(
+    source: Source, dtype: torch.dtype, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build the class named in `config.architectures` without storage for its parameters.
+
+    Weights are not initialised and not tied yet; buffers hold their real values.
+
+    Args:
+        source: An opened local source.
+        dtype: Dtype of parameters.
+        attn_implementation: As in transformers; None takes its choice.
+        trust_remote_code: Whether Python code from the model's folder may be run.
+    Returns:
+        The model, in evaluation mode.
+    Raises:
+        UnsupportedModel: transformers has no such architecture, or the model needs code of its own and that is not allowed.
+
+    Memory: buffers, and a few KiB for each module.
+    """
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    cls = _model_class(source, config, trust_remote_code)
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    config.name_or_path = source.resolved
+    with no_init_weights(), no_tie_weights(), lazy_build(), torch.device("cpu"):
+        model = cls._from_config(config, dtype=dtype, **options)
+    _keep_in_float32(model, dtype)
+    return model.eval()
+
+
+def load_config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The transformers config of a source.
+
+    Args:
+        source: An opened local source.
+        trust_remote_code: Whether Python code from the model's folder may be run.
+    Returns:
+        The config.
+    Raises:
+        UnsupportedModel: transformers does not know the model type, or refuses the config.
+    """
+    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **options)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        kind = source.config.get("model_type")
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedModel(
+            f"{source.model_id}: transformers {transformers.__version__} cannot read the config of model type {kind!r}: {first}",
+            hint="Update transformers, or pass trust_remote_code=True if the model brings code that you trust.",
+        ) from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def _model_class(source: Source, config: PretrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
+    names = list(config.architectures or [])
+    for name in names:
+        cls = getattr(transformers, name, None)
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            return cls
+    if trust_remote_code and names and getattr(config, "auto_map", None):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        reference = next(
+            (ref for ref in config.auto_map.values() if isinstance(ref, str) and ref.endswith(f".{names[0]}")), None
+        )
+        if reference is not None:
+            found: type[PreTrainedModel] = get_class_from_dynamic_module(reference, str(source.folder))
+            return found
+    if not names:
+        for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
+            if type(config) in mapping:
+                guessed: type[PreTrainedModel] = mapping[type(config)]
+                return guessed
+    wanted = ", ".join(names) or f"model type {config.model_type!r}"
+    raise UnsupportedModel(
+        f"{source.model_id}: transformers {transformers.__version__} has no architecture {wanted}.",
+        hint="Update transformers, or pass trust_remote_code=True if the model brings code that you trust.",
+    )
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters that the model class keeps in float32 that dtype, by transformers' own rule."""
+    patterns = list(model._get_dtype_plan(dtype))
+    for name, parameter in list(model.named_parameters()):
+        if any(f".{pattern}." in f".{name}." for pattern in patterns):
+            owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            kept = torch.nn.Parameter(torch.empty_like(parameter, dtype=torch.float32), requires_grad=parameter.requires_grad)
+            setattr(owner, leaf, kept)

@@ -1,0 +1,298 @@
+"""Read a checkpoint in bounded pieces and hand each to a worker that puts it in its place.
+
+Every worker owns one slot of the ring: it takes the next chunk in file order, reads it into its slot and quantizes it from there, so
+that while some workers read others compute, and nothing waits in between. The host never holds more than the ring, whatever the
+largest tensor is. Tensors that must be converted as a whole are read one group at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
+from qlazy.match import Fill
+from qlazy.plan import CHUNK_BYTES, RING_BYTES
+from qlazy.source import TensorInfo
+
+PROGRESS_INTERVAL_S = 0.1
+"""Seconds between two looks at the progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A piece of work: some rows of one stored tensor, or a group of tensors that is converted as a whole."""
+
+    fill: Fill
+    """What it is part of."""
+    start: int = 0
+    """First row (first element, of a one-dimensional tensor)."""
+    stop: int = 0
+    """One past the last."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read for it."""
+        info = self.fill.sources[0]
+        return self.fill.nbytes if self.fill.convert else info.nbytes // max(1, _extent(info)) * (self.stop - self.start)
+
+
+Place = Callable[[Chunk, list[Tensor]], None]
+"""Puts the tensors of a chunk into the model. The tensors are only valid during the call."""
+
+
+@dataclass
+class Stream:
+    """A running read: iterate over it to wait for its end, with the bytes done so far now and then.
+
+    Args:
+        fills: What to read, in file order.
+        place: What to do with each chunk, on a worker thread.
+        workers: Number of threads, each with one slot.
+        drop_page_cache: Give back to the kernel the file pages that this read brought in, and only those.
+    """
+
+    fills: tuple[Fill, ...]
+    place: Place
+    workers: int
+    drop_page_cache: bool = True
+    bytes_done: int = 0
+    _error: BaseException | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _whole: threading.Lock = field(default_factory=threading.Lock)
+
+    def __enter__(self) -> Stream:
+        """Start the workers."""
+        self._stop = threading.Event()
+        self._chunks = iter(plan_chunks(self.fills, slot_bytes(self.fills, self.workers)))
+        self._files = _Files(self.drop_page_cache)
+        self._threads = [threading.Thread(target=self._work, name=f"qlazy-load-{i}") for i in range(self.workers)]
+        self._torch_threads = torch.get_num_threads()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop the workers and close the files, whether or not all was read."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._files.close()
+        torch.set_num_threads(self._torch_threads)
+
+    def __iter__(self) -> Iterator[int]:
+        """Bytes done so far, a few times a second until all workers have ended.
+
+        Raises:
+            The error of the worker that failed first.
+        """
+        for thread in self._threads:
+            while thread.is_alive():
+                thread.join(PROGRESS_INTERVAL_S)
+                yield self.bytes_done
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        # One thread an op: the workers are the parallelism, and their chunks are too small to share out further.
+        torch.set_num_threads(1)
+        slot = torch.empty(slot_bytes(self.fills, self.workers), dtype=torch.uint8)
+        with torch.no_grad():
+            while not self._stop.is_set():
+                with self._lock:
+                    chunk = next(self._chunks, None)
+                if chunk is None:
+                    return
+                try:
+                    self._run(chunk, slot)
+                except BaseException as error:  # noqa: BLE001 - carried to the thread that waits
+                    with self._lock:
+                        self._error = self._error or error
+                    self._stop.set()
+                    return
+
+    def _run(self, chunk: Chunk, slot: Tensor) -> None:
+        if chunk.fill.convert is None:
+            info = chunk.fill.sources[0]
+            per_row = info.nbytes // max(1, _extent(info))
+            data = self._files.read(info, chunk.start * per_row, slot[: chunk.nbytes])
+            self.place(chunk, [decode(data, info, chunk.stop - chunk.start)])
+        else:
+            with self._whole:
+                tensors = [
+                    decode(self._files.read(i, 0, torch.empty(i.nbytes, dtype=torch.uint8)), i, _extent(i))
+                    for i in chunk.fill.sources
+                ]
+                self.place(chunk, tensors)
+        with self._lock:
+            self.bytes_done += chunk.nbytes
+
+
+def slot_bytes(fills: tuple[Fill, ...], workers: int) -> int:
+    """Bytes of one slot: an equal part of the ring up to 8 MiB, but never less than 64 rows of the widest tensor.
+
+    Args:
+        fills: What will be read.
+        workers: Number of slots.
+    Returns:
+        Bytes.
+    """
+    widest = max((_stripe(fill) for fill in fills if fill.convert is None), default=0)
+    return max(min(CHUNK_BYTES, RING_BYTES // workers), widest)
+
+
+def worker_count(fills: tuple[Fill, ...]) -> int:
+    """Workers that the ring has room for: one more than there are processors, so that one can read while all others compute.
+
+    Args:
+        fills: What will be read.
+    Returns:
+        At least 2.
+    """
+    widest = max((_stripe(fill) for fill in fills if fill.convert is None), default=1)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(processors + 1, 16, RING_BYTES // max(1, widest)))
+
+
+def plan_chunks(fills: tuple[Fill, ...], limit: int) -> Iterator[Chunk]:
+    """Cut fills into chunks of at most `limit` bytes, in file order.
+
+    Args:
+        fills: What to read.
+        limit: Bytes of one slot.
+    Yields:
+        Chunks that cover every fill exactly once.
+    """
+    for fill in fills:
+        info = fill.sources[0]
+        extent = _extent(info)
+        if fill.convert is not None or extent == 0:
+            yield Chunk(fill=fill, start=0, stop=extent)
+            continue
+        step = max(1, limit // max(1, _row_cost(info)))
+        if len(info.shape) > 1:
+            step = max(fill.row_block, step - step % fill.row_block)
+        for start in range(0, extent, step):
+            yield Chunk(fill=fill, start=start, stop=min(extent, start + step))
+
+
+def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
+    """Stored bytes to a tensor.
+
+    Args:
+        data: uint8 (bytes,).
+        info: What the bytes are.
+        rows: How many rows of `info` they hold.
+    Returns:
+        A view of `data` in the stored dtype; for GGUF's block types a new float32 tensor.
+    Raises:
+        CorruptCheckpoint: a GGUF block type that cannot be decoded.
+
+    Memory: a view, or four bytes for each element.
+    """
+    shape = (rows, *info.shape[1:]) if info.shape else ()
+    dtype = getattr(torch, info.dtype, None)
+    if isinstance(dtype, torch.dtype):
+        return data.view(dtype).view(shape)
+    import gguf
+
+    try:
+        values = gguf.dequantize(data.numpy().reshape(rows, -1), gguf.GGMLQuantizationType[info.dtype])
+    except (KeyError, NotImplementedError, ValueError) as error:
+        raise CorruptCheckpoint(
+            f"{info.path.name}: tensor {info.name!r} has type {info.dtype}, which cannot be decoded."
+        ) from error
+    return torch.from_numpy(values).view(shape)
+
+
+class _Files:
+    """Open files of a read, and what to do with the pages it brings in."""
+
+    def __init__(self, drop_page_cache: bool) -> None:
+        self._drop = drop_page_cache and hasattr(os, "posix_fadvise")
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, info: TensorInfo, offset: int, into: Tensor) -> Tensor:
+        """Fill `into` from `offset` bytes into a tensor.
+
+        Raises:
+            IncompleteCheckpoint: the file ends before, as when it is cut short while it is read.
+        """
+        descriptor = self._open(info)
+        begin = info.offset + offset
+        view = memoryview(into.numpy())
+        cached = self._read_cached(descriptor, view, begin) if self._drop else 0
+        done = cached
+        while done < len(view):
+            try:
+                got = os.preadv(descriptor, [view[done:]], begin + done)
+            except OSError as error:
+                raise IncompleteCheckpoint(
+                    f"{info.path.name}: reading tensor {info.name!r} at byte {begin + done:,} failed: {error.strerror}.",
+                    hint="Check the disk, then download the model again.",
+                ) from error
+            if got == 0:
+                raise IncompleteCheckpoint(
+                    f"{info.path.name}: tensor {info.name!r} ends at byte {begin + len(view):,}, but the file has {begin + done:,}.",
+                    hint="The file changed while it was read, or the download is cut short; download it again.",
+                )
+            done += got
+        if self._drop and cached < len(view):
+            os.posix_fadvise(descriptor, begin + cached, len(view) - cached, os.POSIX_FADV_DONTNEED)
+        return into
+
+    def close(self) -> None:
+        """Close all files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _open(self, info: TensorInfo) -> int:
+        with self._lock:
+            if info.path not in self._descriptors:
+                try:
+                    self._descriptors[info.path] = os.open(info.path, os.O_RDONLY)
+                except OSError as error:
+                    raise IncompleteCheckpoint(f"{info.path}: cannot be opened: {error.strerror}.") from error
+                if self._drop:
+                    # Without it the kernel reads ahead, and pages of this load would look as if they had been there before.
+                    os.posix_fadvise(self._descriptors[info.path], 0, 0, os.POSIX_FADV_RANDOM)
+            return self._descriptors[info.path]
+
+    def _read_cached(self, descriptor: int, view: memoryview, begin: int) -> int:
+        """Read what the page cache holds from `begin` on without waiting for the disk; the number of bytes."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return 0
+        try:
+            return os.preadv(descriptor, [view], begin, os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                return 0
+            raise
+
+
+def _extent(info: TensorInfo) -> int:
+    """Rows of a stored tensor; a scalar has one."""
+    return info.shape[0] if info.shape else 1
+
+
+def _row_cost(info: TensorInfo) -> int:
+    """Bytes that one row takes while it is read: as stored, or for GGUF's block types about 12 bytes an element while decoded."""
+    decoded = 0 if isinstance(getattr(torch, info.dtype, None), torch.dtype) else 12
+    return max(info.nbytes, decoded * math.prod(info.shape)) // max(1, _extent(info))
+
+
+def _stripe(fill: Fill) -> int:
+    """Least bytes that a chunk of this tensor holds: a block of rows of a matrix, one element of a vector."""
+    info = fill.sources[0]
+    rows = _extent(info)
+    return info.nbytes // max(1, rows) * (min(rows, fill.row_block) if len(info.shape) > 1 else 1)
