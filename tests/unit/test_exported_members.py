@@ -40,6 +40,7 @@ def test_unknown_name_is_an_attribute_error():
 # What a plan, `--help` and reading headers need. Torch alone takes longer to import than such a command may run.
 TORCH_FREE = [
     "qlazy",
+    "qlazy.api",
     "qlazy.budget",
     "qlazy.cli",
     "qlazy.configs",

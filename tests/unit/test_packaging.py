@@ -10,9 +10,13 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,3 +104,27 @@ def test_transformers_is_unaffected_from_the_repository_root(tmp_path):
         "print(sum(p.numel() for p in LlamaForCausalLM(config).parameters()), is_kernels_available())"
     )
     assert run(sys.executable, "-c", code, cwd=ROOT) == run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_every_module_has_its_line_in_the_structure_page():
+    page = (ROOT / "docs" / "structure.md").read_text()
+    names = [path.name for path in (ROOT / "qlazy").glob("*.py") if not path.name.startswith("__")]
+    names += [path.name for path in (ROOT / "kernels" / "qlazy_kernels").glob("*.py") if not path.name.startswith("__")]
+    assert [name for name in names if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_pins_lie_within_the_ranges(wheel, python):
+    """`pip install -c constraints.txt` must not be asked for the impossible, nor leave a dependency to chance."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        wanted = [Requirement(text) for text in message_from_bytes(archive.read(name)).get_all("Requires-Dist")]
+    here = default_environment() | {"python_version": python, "python_full_version": f"{python}.0"}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate(here)]
+    pinned = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    assert len(pinned) == len(pins), "a package is pinned twice"
+    for requirement in wanted:
+        package = canonicalize_name(requirement.name)
+        assert package == "qlazy-llm" or requirement.specifier.contains(pinned[package]), str(requirement)
