@@ -1,7 +1,8 @@
-"""Writes docs/cli.md from the commands themselves: `python docs/generate_cli.py`. A test compares the file with what this prints."""
+"""Writes docs/cli.md from the commands themselves: `python docs/generate_cli.py`. A test holds the file to it."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ import typer
 
 from qlazy.cli.app import EXIT_CODES, app
 from qlazy.cli.doctor import VARIABLES
+from qlazy.cli.options import Options
 
+SHARED = {field.name for field in dataclasses.fields(Options)}
+HEADS = ("argument or option", "meaning", "default")
 PAGE = Path(__file__).with_name("cli.md")
 
 
@@ -26,12 +30,14 @@ def page() -> str:
         "# Command line",
         "<!-- Written by docs/generate_cli.py; do not edit. -->",
         str(root.help),
-        "Data goes to stdout, progress and reports to stderr. `--json` prints one object with a `schema` version, bytes as integers; "
-        'an error is then an object too: `{"schema": 1, "error": {"type", "message", "hint"}}`.',
+        "Data goes to stdout, progress and reports to stderr. `--json` prints one object with a `schema` version, bytes as "
+        'integers; an error is then an object too: `{"schema": 1, "error": {"type", "message", "hint"}}`.',
     ]
     context = typer.Context(root, info_name="qlazy")
     for name in root.list_commands(context):  # type: ignore[attr-defined]
         parts += section(root.commands[name], f"qlazy {name}")  # type: ignore[attr-defined]
+    shared = [row(p) for p in root.commands["plan"].params if p.name in SHARED]  # type: ignore[attr-defined]
+    parts += ["## Options of every command with a MODEL", table(HEADS, shared)]
     parts += ["## Exit codes", table(("code", "meaning"), [(str(code), meaning) for code, meaning in EXIT_CODES.items()])]
     parts += [
         "## Environment",
@@ -53,9 +59,11 @@ def section(command: Any, path: str) -> Iterator[str]:
     arguments = [p.metavar for p in command.params if p.param_type_name == "argument"]
     yield f"## `{' '.join([path, *arguments, *(['COMMAND'] if subcommands else [])])}`"
     yield inspect.cleandoc(command.help or "")
-    rows = [row(p) for p in command.params if p.name != "help"]
-    if rows and not subcommands:
-        yield table(("argument or option", "meaning", "default"), rows)
+    own = [row(p) for p in command.params if p.name != "help" and (p.name not in SHARED or len(command.params) < len(SHARED))]
+    if own and not subcommands:
+        yield table(HEADS, own)
+    if len(command.params) > len(SHARED):
+        yield "And the [options of every command with a MODEL](#options-of-every-command-with-a-model)."
     if command.epilog:
         first, *examples = command.epilog.replace("Example: ", "Examples:\n").splitlines()
         yield f"{first}\n\n```\n" + "\n".join(examples) + "\n```"
@@ -74,8 +82,8 @@ def row(parameter: Any) -> tuple[str, str, str]:
     if parameter.param_type_name == "argument":
         names = parameter.metavar
     else:
-        names = ", ".join(sorted([*parameter.opts, *parameter.secondary_opts], key=lambda name: -len(name)))
-    default = "" if parameter.default in (None, False, "") or callable(parameter.default) else f"`{parameter.default}`"
+        names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    default = "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"
     return f"`{names}`", parameter.help or "", default
 
 

@@ -54,11 +54,11 @@ def copy_file(
     json: Json = False,
 ) -> None:
     """Copy a file, to change it."""
-    content = find(name).read_bytes()
-    target = to / Path(name).name if to.is_dir() else to
+    source = find(name)
+    target = to / source.name if to.is_dir() else to
     try:
         with target.open("wb" if force else "xb") as file:
-            file.write(content)
+            file.write(source.read_bytes())
     except FileExistsError:
         raise UsageError(f"{target} exists.", hint="Use --force to overwrite it.") from None
     except (FileNotFoundError, PermissionError) as error:
