@@ -101,20 +101,20 @@ def dequantize_blocks(
     Returns:
         `out`.
 
-    Memory: the result, and 0.4 MiB of work buffers or, where bitsandbytes' own kernel is used, the result once more.
+    Memory: the result, and 0.4 MiB of work buffers or, where bitsandbytes' own kernel is used, the result once
+    more if `out` is given.
     """
     assert start_element % BNB_BLOCK == 0
-    out = torch.empty(count, dtype=dtype, device=packed.device) if out is None else out
-    assert out.dtype == dtype and out.numel() == count
-    flat = out.view(-1)
+    assert out is None or (out.dtype == dtype and out.numel() == count)
     if _has_native_kernel(packed.device, count):
         halves = packed[start_element // 2 :][: count // 2]
         scales = absmax[start_element // BNB_BLOCK :][: -(-count // BNB_BLOCK)]
         # Not the shape of the weight: on AVX-512 the kernel (0.50) takes wrong absmax for rows that do not hold whole blocks.
         shape = [count // BNB_BLOCK, BNB_BLOCK] if count % BNB_BLOCK == 0 else [count]
         made = torch.ops.bitsandbytes.dequantize_4bit.default(halves, scales, BNB_BLOCK, kind, shape, dtype)
-        flat.copy_(made.view(-1))
-        return out
+        return made.view(-1) if out is None else out.copy_(made.view(out.shape))
+    out = torch.empty(count, dtype=dtype, device=packed.device) if out is None else out
+    flat = out.view(-1)
     table = _pair_table(kind, packed.device)
     room = min(_CHUNK, -(-count // BNB_BLOCK) * BNB_BLOCK)
     values = torch.empty(room, device=packed.device)
