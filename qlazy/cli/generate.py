@@ -14,11 +14,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
+from qlazy.budget import make_budget
 from qlazy.cli.options import Options
 from qlazy.cli.progress import Display
 from qlazy.errors import UnsupportedModel, UsageError
-from qlazy.load import load_quantized
+from qlazy.load import load as load_source
 from qlazy.memory import anonymous_bytes
+from qlazy.recipe import make_recipe
 from qlazy.report import LoadReport, Progress
 from qlazy.source import Source, open_source
 
@@ -175,7 +177,14 @@ def load(source: Source, options: Options) -> Loaded:
         if source.folder is None:
             source = open_source(source.model_id, on_progress=downloaded, **options.source_arguments())
         tokenizer = load_tokenizer(source)
-        model = load_quantized(source.model_id, on_progress=display, **options.load_arguments())
+        model = load_source(
+            source,
+            make_recipe(**options.recipe_arguments()),
+            make_budget(**options.budget_arguments()),
+            dtype=options.dtype,
+            attn_implementation=options.attn_implementation,
+            on_progress=display,
+        )
     return Loaded(model=model, tokenizer=tokenizer, max_model_len=options.max_model_len)
 
 

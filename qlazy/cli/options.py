@@ -156,15 +156,6 @@ class Options:
             "local_files_only": self.local_files_only,
         }
 
-    def load_arguments(self) -> dict[str, Any]:
-        """Arguments of `load_quantized`.
-
-        Returns:
-            Arguments by name.
-        """
-        others = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
-        return self.recipe_arguments() | self.budget_arguments() | self.source_arguments() | others
-
     def say(self, text: str = "") -> None:
         """Print on stderr, unless asked to be quiet.
 

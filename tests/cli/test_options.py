@@ -62,28 +62,19 @@ def test_absent_recipe_names_those_that_exist():
     assert "int4, " in caught.value.hint
 
 
-def test_nothing_typed_is_the_defaults_of_load_quantized():
-    assert Options().load_arguments() == {
-        "device_map": "auto",
-        "max_memory": None,
-        "reserve": None,
-        "max_model_len": 4096,
-        "revision": None,
-        "token": None,
-        "cache_dir": None,
-        "local_files_only": False,
-        "dtype": "auto",
-        "attn_implementation": None,
-    }
-
-
-def test_load_arguments_are_those_of_load_quantized():
+def test_options_are_those_of_load_quantized():
     import inspect
 
-    from qlazy.load import load_quantized
+    from qlazy.api import load_quantized
 
+    parameters = inspect.signature(load_quantized).parameters
     everything = Options(bits=4, format="int4", group_size=64, symmetric=True, double_quant=True, modules_to_not_convert=["x"])
-    assert set(everything.load_arguments()) <= set(inspect.signature(load_quantized).parameters)
+    given = everything.recipe_arguments() | everything.budget_arguments() | everything.source_arguments()
+    assert set(given) <= set(parameters)
+    nothing = Options()
+    assert nothing.recipe_arguments() == {}
+    for name, value in (nothing.budget_arguments() | nothing.source_arguments()).items():
+        assert value == parameters[name].default, name
 
 
 def test_lists_of_pairs():
