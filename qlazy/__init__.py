@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlazy.api import load_quantized, plan
     from qlazy.errors import QlazyError
     from qlazy.hf import QlazyConfig
-    from qlazy.api import load_quantized, plan
 
 __version__ = "0.1.0"
 
