@@ -19,18 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlazy.configs import Alias, aliases
-from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, ModelNotFound, UnsupportedModel, UsageError
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, ModelNotFound, QlazyError, UnsupportedModel, UsageError
 from qlazy.source_gguf import read_gguf
-from qlazy.source_safetensors import (
-    CONVERT,
-    PICKLES,
-    TensorInfo,
-    join_shards,
-    load_json,
-    pick_weights,
-    read_header,
-    read_index,
-)
+from qlazy.source_index import CONVERT, INDEX_FILE, PICKLES, join_shards, listing, pick_weights, read_index
+from qlazy.source_safetensors import TensorInfo, load_json, read_header, short
 
 __all__ = ["Source", "TensorInfo", "open_source"]
 
@@ -106,15 +98,28 @@ def open_source(
     path = _existing(name)
     if path is not None:
         return _open_path(path, model_id=name)
-    alias = aliases().get(name)
+    bare, _, at = name.partition("@")
+    if at and revision and at != revision:
+        raise UsageError(f"{name!r} names revision {at!r} but revision={revision!r} is given too", hint="Give one of them.")
+    alias = aliases().get(bare)
     if alias is not None and alias.package is not None:
-        return _open_path(_packaged(alias, name=name), model_id=name)
-    hub_id, revision = _hub_id(alias.id if alias else name, revision or (alias.revision if alias else None), typed=name)
+        return _open_path(_packaged(alias, name=bare), model_id=name)
+    hub_id = alias.id if alias is not None else _hub_id(bare)
+    revision = at or revision or (alias.revision if alias is not None else None)
+    if revision is not None and (not re.fullmatch(r"[\w./+-]+", revision, re.ASCII) or ".." in revision):
+        raise ModelNotFound(f"{short(revision)} is no branch, tag or commit", hint=_WAYS)
 
     from qlazy import source_hub
 
-    access = source_hub.Access(token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    found = source_hub.fetch(hub_id, revision=revision, access=access, headers_only=headers_only, on_progress=on_progress)
+    found = source_hub.fetch(
+        hub_id,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        headers_only=headers_only,
+        on_progress=on_progress,
+    )
     if found.path is not None:
         return _open_path(found.path, model_id=name, resolved=hub_id, revision=found.commit)
     return Source(
@@ -138,29 +143,43 @@ def _existing(name: str) -> Path | None:
 
 
 def _open_path(path: Path, *, model_id: str, resolved: str | None = None, revision: str | None = None) -> Source:
-    path = path.absolute()
+    path = path.absolute()  # not resolved: the hub's cache is links, and their targets have no names
+    folder, gguf_file = (path, None) if path.is_dir() else (path.parent, path.name)
     try:
-        if path.is_dir():
-            config_and_tensors, gguf_file = _read_folder(path)
-        else:
-            config_and_tensors, gguf_file = _read_file(path), path.name
+        if gguf_file is None:
+            gguf_file = _only_gguf(folder)
+        config, tensors = _read_file(folder / gguf_file) if gguf_file else _read_folder(folder)
+    except QlazyError:
+        raise
     except OSError as error:
-        if isinstance(error, ModelNotFound):
-            raise
-        raise ModelNotFound(
-            f"{path} cannot be read: {error.strerror or error}", hint="Check the file's permissions."
-        ) from error
-    config, tensors = config_and_tensors
+        raise ModelNotFound(f"{path} cannot be read: {error.strerror or error}", hint="Check its permissions.") from error
+    if not tensors:
+        raise IncompleteCheckpoint(f"{path} holds no tensors", hint="Fetch the weights again.")
     return Source(
         model_id=model_id,
         resolved=resolved or str(path),
         revision=revision,
         kind="gguf" if gguf_file else "safetensors",
-        folder=path if path.is_dir() else path.parent,
+        folder=folder,
         gguf_file=gguf_file,
         config=config,
         tensors=tensors,
     )
+
+
+def _files(folder: Path) -> set[str]:
+    # A name that is no regular file (a pipe, a link to nowhere) is as good as absent; opening it might wait forever.
+    return {entry.name for entry in folder.iterdir() if entry.is_file()}
+
+
+def _only_gguf(folder: Path) -> str | None:
+    files = _files(folder)
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if not ggufs or pick_weights(files, where=str(folder)) is not None:
+        return None
+    if len(ggufs) > 1:
+        raise ModelNotFound(f"{folder} holds {len(ggufs)} GGUF files: {listing(ggufs)}", hint="Name one of the files.")
+    return ggufs[0]
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
@@ -173,35 +192,26 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     raise ModelNotFound(f"{path} is neither a folder nor a .gguf file", hint=_WAYS)
 
 
-def _read_folder(folder: Path) -> tuple[tuple[dict[str, Any], dict[str, TensorInfo]], str | None]:
-    names = sorted(entry.name for entry in folder.iterdir())
-    # A name that is no regular file (a pipe, a link to nowhere) is as good as absent; opening it might wait forever.
-    files = {name for name in names if (folder / name).is_file()}
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    files = _files(folder)
     weights = pick_weights(files, where=str(folder))
-    ggufs = sorted(name for name in files if name.endswith(".gguf"))
-    if weights is None and len(ggufs) == 1:
-        return read_gguf(folder / ggufs[0]), ggufs[0]
-    if weights is None and ggufs:
-        raise ModelNotFound(f"{folder} holds {len(ggufs)} .gguf files: {_listing(ggufs)}", hint="Name one of the files.")
+    content = listing((entry.name for entry in folder.iterdir()), limit=8)
     if "config.json" not in files:
-        raise ModelNotFound(f"{folder} is not a model: it has no config.json; it holds {_listing(names)}", hint=_WAYS)
+        raise ModelNotFound(f"{folder} is not a model: it has no config.json; it holds {content}", hint=_WAYS)
     config = load_json(_read_json(folder / "config.json"), file=f"{folder / 'config.json'}")
     if weights is None:
-        raise IncompleteCheckpoint(
-            f"{folder} has a config.json but no *.safetensors; it holds {_listing(names)}", hint="Fetch the weights too."
-        )
-    if not weights.endswith(".json"):
-        return (config, read_header(folder / weights)), None
+        raise IncompleteCheckpoint(f"{folder} has no *.safetensors; it holds {content}", hint="Fetch the weights too.")
+    if weights != INDEX_FILE:
+        return config, read_header(folder / weights)
     weight_map = read_index(_read_json(folder / weights), file=weights)
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if shard not in files]
     if missing:
         raise IncompleteCheckpoint(
-            f"{folder}: {len(missing)} of {len(shards)} shards that {weights} names are missing: {_listing(missing)}",
+            f"{folder}: {len(missing)} of {len(shards)} shards that {weights} names are missing: {listing(missing)}",
             hint="Fetch the missing files; for a hub model: hf download ORG/NAME",
         )
-    headers = {shard: read_header(folder / shard) for shard in shards}
-    return (config, join_shards(headers, weight_map, index=weights)), None
+    return config, join_shards({shard: read_header(folder / shard) for shard in shards}, weight_map, index=weights)
 
 
 def _read_json(path: Path) -> bytes:
@@ -226,26 +236,18 @@ def _packaged(alias: Alias, *, name: str) -> Path:
     )
 
 
-def _hub_id(name: str, revision: str | None, *, typed: str) -> tuple[str, str | None]:
-    bare, _, at = name.partition("@")
-    if at and revision and at != revision:
-        raise UsageError(f"{name!r} names revision {at!r} but revision={revision!r} is given too", hint="Give one of them.")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+\.gguf)?", bare, re.ASCII):
-        return bare, at or revision
-    if "/" in name or "\\" in name or name.startswith(("~", ".")) or name.endswith((".gguf", ".safetensors")):
-        raise ModelNotFound(f"no folder or file {typed!a}, and it is not of the form org/name", hint=_WAYS)
+def _hub_id(name: str) -> str:
+    is_path = "/" in name or "\\" in name or name.startswith(("~", ".")) or name.endswith((".gguf", ".safetensors"))
+    if re.fullmatch(r"[\w-][\w.-]*/([\w-][\w.-]*(?<!\.gguf)|[\w-][\w.-]*/[\w.-]+\.gguf)", name, re.ASCII):
+        return name
+    if is_path:
+        raise ModelNotFound(f"no folder or file {short(name)}, and it is not of the form org/name", hint=_WAYS)
     known = list(aliases())
     near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.0)
     raise ModelNotFound(
-        f"no folder, file or alias {typed!a}; the nearest aliases are {', '.join(near)}",
+        f"no folder, file or alias {short(name)}; the nearest aliases are {', '.join(near)}",
         hint="qlazy models lists all; a hub model is written org/name.",
     )
-
-
-def _listing(names: list[str], limit: int = 8) -> str:
-    if not names:
-        return "nothing"
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 _WAYS = "A model is a folder with config.json and *.safetensors, a .gguf file, an alias (qlazy models) or a hub id org/name."

@@ -157,11 +157,8 @@ class _Head:
                 hint="Convert the model again with a current llama.cpp.",
             )
         tensor_count, entry_count = self.number("<Q"), self.number("<Q")
-        # The smallest tensor entry takes 8 + 4 + 4 + 8 bytes and the smallest metadata entry 8 + 4 + 1.
-        if tensor_count * 24 + entry_count * 13 > self.file_size:
-            self.corrupt(
-                f"{tensor_count:,} tensors and {entry_count:,} metadata entries do not fit into {self.file_size:,} bytes"
-            )
+        # The smallest metadata entry takes 8 + 4 + 1 bytes and the smallest tensor entry 8 + 4 + 4 + 8.
+        self.need(entry_count * 13 + tensor_count * 24)
         metadata: dict[str, Any] = {}
         for _ in range(entry_count):
             key = self.string("metadata key")
@@ -230,8 +227,7 @@ class _Head:
             )
         if item != 8:
             self.corrupt(f"metadata key {key!r} is an array of type {item}, which is not known")
-        if length * 8 > self.file_size:
-            self.corrupt(f"metadata key {key!r}: {length:,} strings do not fit into {self.file_size:,} bytes")
+        self.need(length * 8)
         if length <= KEPT_ITEMS:
             return [self.string(f"item of {key!r}") for _ in range(length)]
         self.skip_strings(length)
@@ -260,12 +256,14 @@ class _Head:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def take(self, count: int, *, keep: bool = True) -> bytes:
-        end = self.at + count
-        if end > self.have:
-            self.short(end)
-        raw = self.buffer[self.at : end] if keep else b""
-        self.at = end
+        self.need(count)
+        raw = self.buffer[self.at : self.at + count] if keep else b""
+        self.at += count
         return raw
+
+    def need(self, count: int) -> None:
+        if self.at + count > self.have:
+            self.short(self.at + count)
 
     def short(self, end: int) -> NoReturn:
         if end > self.file_size:

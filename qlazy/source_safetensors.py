@@ -1,4 +1,4 @@
-"""Safetensors headers and indexes, read and checked by our own parser before anything is allocated from what they say.
+"""Safetensors headers, read and checked by our own parser before anything is allocated from what they say.
 
 A file is `u64 n | n bytes of JSON | data`; the JSON maps each tensor to its dtype, shape and byte range of the data::
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,6 +52,12 @@ MAX_DIMS = 64
 
 MAX_EXTENT = 2**63 - 1
 """Largest dimension or offset: beyond it, it is no torch shape and no file size."""
+
+MAX_KEY = 10_000
+"""Longest key of a JSON object in characters, so that messages stay readable."""
+
+FETCH_AGAIN = "The file is damaged or its download was cut short; fetch it again (hub cache: hf cache verify ORG/NAME)."
+"""Hint of most errors here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,17 +125,17 @@ def header_nbytes(prefix: bytes, *, file: str, file_size: int) -> int:
     """
     if file_size < 8 or len(prefix) < 8:
         raise IncompleteCheckpoint(
-            f"{file}: a safetensors file begins with 8 bytes of length but the file has {file_size:,}", hint=_FETCH_AGAIN
+            f"{file}: a safetensors file begins with 8 bytes of length but the file has {file_size:,}", hint=FETCH_AGAIN
         )
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise CorruptCheckpoint(
             f"{file}: the header claims {length:,} bytes; more than {MAX_HEADER_BYTES:,} are not a safetensors header",
-            hint="Is it really a safetensors file? " + _FETCH_AGAIN,
+            hint="Is it really a safetensors file? " + FETCH_AGAIN,
         )
     if 8 + length > file_size:
         raise IncompleteCheckpoint(
-            f"{file}: the header ends at byte {8 + length:,} but the file has {file_size:,}", hint=_FETCH_AGAIN
+            f"{file}: the header ends at byte {8 + length:,} but the file has {file_size:,}", hint=FETCH_AGAIN
         )
     return 8 + length
 
@@ -155,13 +161,13 @@ def parse_header(raw: bytes, *, file: str, file_size: int, path: Path) -> dict[s
     """
     start = header_nbytes(raw, file=file, file_size=file_size)
     if len(raw) < start:
-        raise IncompleteCheckpoint(f"{file}: the header ends at byte {start:,} but only {len(raw):,} came", hint=_FETCH_AGAIN)
+        raise IncompleteCheckpoint(f"{file}: the header ends at byte {start:,} but only {len(raw):,} came", hint=FETCH_AGAIN)
     if raw[8:9] != b"{":
-        raise CorruptCheckpoint(f"{file}: the header begins with {raw[8:9]!r} instead of '{{'", hint=_FETCH_AGAIN)
+        raise CorruptCheckpoint(f"{file}: the header begins with {raw[8:9]!r} instead of '{{'", hint=FETCH_AGAIN)
     header = load_json(raw[8:start], file=f"{file}: header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptCheckpoint(f"{file}: '__metadata__' is not a map of strings", hint=_FETCH_AGAIN)
+        raise CorruptCheckpoint(f"{file}: '__metadata__' is not a map of strings", hint=FETCH_AGAIN)
     tensors = [_tensor(name, entry, file=file, path=path, start=start) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_tiling(tensors, file=file, start=start, file_size=file_size)
@@ -187,146 +193,43 @@ def load_json(raw: bytes, *, file: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+            name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise ValueError(f"key {short(name)} occurs twice")
         for name in entries:
+            if len(name) > MAX_KEY:
+                raise ValueError(f"key {short(name)} has {len(name):,} characters; names have at most {MAX_KEY:,}")
             name.encode()  # a lone surrogate can come from an escape only, and could not be printed later
         return entries
 
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=_reject_constant)
     except RecursionError:
-        raise CorruptCheckpoint(f"{file} is JSON nested too deeply to be one", hint=_FETCH_AGAIN) from None
+        raise CorruptCheckpoint(f"{file} is JSON nested too deeply to be one", hint=FETCH_AGAIN) from None
     except ValueError as error:
-        raise CorruptCheckpoint(f"{file} is not valid JSON: {error}", hint=_FETCH_AGAIN) from None
+        raise CorruptCheckpoint(f"{file} is not valid JSON: {error}", hint=FETCH_AGAIN) from None
     if not isinstance(value, dict):
-        raise CorruptCheckpoint(f"{file} is a JSON {type(value).__name__} instead of an object", hint=_FETCH_AGAIN)
+        raise CorruptCheckpoint(f"{file} is a JSON {type(value).__name__} instead of an object", hint=FETCH_AGAIN)
     return value
 
 
-def read_index(raw: bytes, *, file: str) -> dict[str, str]:
-    """Check a `model.safetensors.index.json`.
+def short(value: Any) -> str:
+    """A value out of a damaged file as text for a message: printable everywhere and not long.
 
     Args:
-        raw: Its bytes.
-        file: Name for messages.
+        value: What JSON gave.
 
     Returns:
-        Name of the shard of each tensor; every shard's name is that of a file right in the folder.
+        At most 80 ASCII characters.
 
-    Raises:
-        CorruptCheckpoint: If it is no such map, or names a file outside of the folder.
-        UnsupportedModel: If it names pickles.
-
-    Memory: a small multiple of `raw`.
+    Memory: the text.
     """
-    weight_map = load_json(raw, file=file).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CorruptCheckpoint(f"{file}: no 'weight_map' object", hint=_FETCH_AGAIN)
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise CorruptCheckpoint(f"{file}: tensor {name!r} is mapped to {shard!r}, which is no file name", hint=_FETCH_AGAIN)
-        if not _is_plain_name(shard):
-            raise CorruptCheckpoint(
-                f"{file}: tensor {name!r} is mapped to {shard!r}, which is not a file right in this folder",
-                hint="An index must not point elsewhere; do not trust this checkpoint.",
-            )
-        if not shard.endswith(".safetensors"):
-            raise UnsupportedModel(f"{file}: tensor {name!r} is mapped to {shard!r}, which is not safetensors", hint=CONVERT)
-    return weight_map
-
-
-def join_shards(
-    headers: Mapping[str, Mapping[str, TensorInfo]], weight_map: Mapping[str, str], *, index: str
-) -> dict[str, TensorInfo]:
-    """Put the headers of all shards together and hold them against the index.
-
-    Args:
-        headers: The tensors of each shard, by shard name.
-        weight_map: The index: shard of each tensor.
-        index: Name of the index for messages.
-
-    Returns:
-        All tensors, shard after shard, in file order; those that only the index forgot too.
-
-    Raises:
-        CorruptCheckpoint: If a tensor lies in two shards or in another one than the index says.
-        IncompleteCheckpoint: If a tensor of the index lies in no shard.
-
-    Memory: one entry a tensor.
-    """
-    tensors: dict[str, TensorInfo] = {}
-    for shard in sorted(headers):
-        for name, tensor in headers[shard].items():
-            if name in tensors:
-                raise CorruptCheckpoint(
-                    f"tensor {name!r} lies in two shards: {tensors[name].path.name} and {shard}",
-                    hint="Remove the shard that is left over from another save.",
-                )
-            tensors[name] = tensor
-    for name, shard in weight_map.items():
-        if name not in tensors:
-            raise IncompleteCheckpoint(
-                f"{index}: tensor {name!r} should be in {shard}, which does not hold it", hint=_FETCH_AGAIN
-            )
-        if name not in headers[shard]:
-            raise CorruptCheckpoint(
-                f"{index}: tensor {name!r} should be in {shard} but lies in {tensors[name].path.name}", hint=_FETCH_AGAIN
-            )
-    return tensors
-
-
-def pick_weights(names: Iterable[str], *, where: str) -> str | None:
-    """Choose the file that the weights are read from, in the order in which transformers looks for them.
-
-    Args:
-        names: Names of the files right in a folder or repository.
-        where: The folder or repository, for messages.
-
-    Returns:
-        The name of a safetensors file or index (`*.index.json`), or None where there are no weights at all.
-
-    Raises:
-        UnsupportedModel: If all weights are pickles.
-        IncompleteCheckpoint: If there are several safetensors files and no index.
-
-    Memory: none.
-    """
-    present = sorted(names)
-    for name in (SINGLE_FILE, INDEX_FILE):
-        if name in present:
-            return name
-    # Mistral ships the same weights a second time under this name, with other tensor names.
-    files = [name for name in present if name.endswith(".safetensors") and not name.startswith("consolidated")]
-    if len(files) > 1:
-        raise IncompleteCheckpoint(
-            f"{where}: {len(files)} safetensors files ({_some(files)}) and no {INDEX_FILE} that says what belongs together",
-            hint=f"Fetch {INDEX_FILE} too.",
-        )
-    if files:
-        return files[0]
-    pickles = [name for name in present if name.endswith(PICKLES)]
-    if pickles and not any(name.endswith(".gguf") for name in present):
-        raise UnsupportedModel(
-            f"{where}: the weights are pickles ({_some(pickles)}); only safetensors and GGUF are read, never pickles",
-            hint=CONVERT,
-        )
-    return None
-
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = (
-    "Convert it where you trust its origin: "
-    "python -c \"from transformers import AutoModel as A; A.from_pretrained('SRC').save_pretrained('DST')\""
-)
-_FETCH_AGAIN = "The file is damaged or its download was cut short; fetch it again (hub cache: hf cache verify ORG/NAME)."
+    text = ascii(value) if not isinstance(value, int) else _big(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _tensor(name: str, entry: Any, *, file: str, path: Path, start: int) -> TensorInfo:
     def corrupt(message: str) -> NoReturn:
-        raise CorruptCheckpoint(f"{file}: tensor {name!r}: {message}", hint=_FETCH_AGAIN)
+        raise CorruptCheckpoint(f"{file}: tensor {name!r}: {message}", hint=FETCH_AGAIN)
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         corrupt("the entry is not an object of dtype, shape and data_offsets")
@@ -337,11 +240,11 @@ def _tensor(name: str, entry: Any, *, file: str, path: Path, start: int) -> Tens
             hint="Use the 16-bit version of this model.",
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        corrupt(f"dtype {_short(dtype)} is none of {', '.join(DTYPES)}")
+        corrupt(f"dtype {short(dtype)} is none of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_extent(extent) for extent in shape):
-        corrupt(f"shape {_short(shape)} is not a list of at most {MAX_DIMS} numbers >= 0")
+        corrupt(f"shape {short(shape)} is not a list of at most {MAX_DIMS} numbers >= 0")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_extent(offset) for offset in offsets):
-        corrupt(f"data_offsets {_short(offsets)} are not two numbers >= 0")
+        corrupt(f"data_offsets {short(offsets)} are not two numbers >= 0")
     begin, end = offsets
     if begin > end:
         corrupt(f"it begins at {begin:,} and ends before, at {end:,}")
@@ -357,24 +260,24 @@ def _check_tiling(tensors: list[TensorInfo], *, file: str, start: int, file_size
     for tensor in tensors:
         if tensor.offset < cursor:
             raise CorruptCheckpoint(
-                f"{file}: tensor {tensor.name!r} begins at byte {tensor.offset:,}, but {previous} ends at {cursor:,}: they overlap",
-                hint=_FETCH_AGAIN,
+                f"{file}: tensor {tensor.name!r} overlaps {previous}: it begins at {tensor.offset:,}, that ends at {cursor:,}",
+                hint=FETCH_AGAIN,
             )
         if tensor.offset > cursor:
             raise CorruptCheckpoint(
                 f"{file}: tensor {tensor.name!r} begins at byte {tensor.offset:,} but {previous} ends at {cursor:,}, "
                 "and nothing claims the bytes between",
-                hint=_FETCH_AGAIN,
+                hint=FETCH_AGAIN,
             )
         cursor, previous = tensor.end, f"tensor {tensor.name!r}"
         if cursor > file_size:
             raise IncompleteCheckpoint(
-                f"{file}: tensor {tensor.name!r} ends at byte {cursor:,} but the file has {file_size:,}", hint=_FETCH_AGAIN
+                f"{file}: tensor {tensor.name!r} ends at byte {cursor:,} but the file has {file_size:,}", hint=FETCH_AGAIN
             )
     if cursor < file_size:
         raise CorruptCheckpoint(
             f"{file}: {previous} ends at byte {cursor:,} but the file has {file_size:,}: nothing claims the rest",
-            hint=_FETCH_AGAIN,
+            hint=FETCH_AGAIN,
         )
 
 
@@ -382,23 +285,10 @@ def _is_extent(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_EXTENT  # not isinstance: a bool is an int
 
 
-def _is_plain_name(name: str) -> bool:
-    return name.isprintable() and not any(mark in name for mark in "/\\:") and name.strip(". ") != "" and len(name) < 256
-
-
 def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _short(value: Any) -> str:
-    text = ascii(value) if not isinstance(value, int) else _big(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _big(number: int) -> str:
     # Python refuses to print integers of thousands of digits, and nobody wants to read them.
     return f"{number:,}" if number < 10**30 else f"about 2**{number.bit_length()}"
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
