@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -51,6 +53,15 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     return torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the workers that quantize while loading; short parallel regions are slow on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["table", "native"])
