@@ -1,4 +1,4 @@
-"""The public functions: `plan` and `load_quantized`. They turn options into a source, a recipe and a budget, and say the rest once.
+"""The public functions `plan` and `load_quantized`: they turn options into a source, a recipe and a budget.
 
 Importing this module imports neither torch nor transformers, and `plan` never does.
 """
@@ -23,7 +23,7 @@ def plan(
     model_id: str | os.PathLike[str],
     *,
     bits: int = 4,
-    format: str | None = None,  # noqa: A002 - the word users type
+    format: str | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     double_quant: bool = True,
@@ -84,7 +84,7 @@ def load_quantized(
     model_id: str | os.PathLike[str],
     *,
     bits: int = 4,
-    format: str | None = None,  # noqa: A002 - the word users type
+    format: str | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     double_quant: bool = True,
@@ -139,8 +139,8 @@ def load_quantized(
         CorruptCheckpoint: a damaged file, by name of file and tensor.
         QlazyError: the model is not found or not supported.
 
-    Memory: on the host, the packed bytes that live there, the ring of 64 MiB, and 64 MiB of work buffers (more only for weights that
-    transformers must convert as a whole); on a GPU, the packed bytes and the chunks in flight.
+    Memory: on the host, the packed bytes that live there, the ring of 64 MiB, and 64 MiB of work buffers (more only for weights
+    that transformers must convert as a whole); on a GPU, the packed bytes and the chunks in flight.
     """
     from qlazy.load import load
 

@@ -39,7 +39,8 @@ def make_budget(
     """Look at the machine and settle what a load may use.
 
     Args:
-        device_map: `auto` (all GPUs, or the CPU where there is none), `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
+        device_map: `auto` (all GPUs, or the CPU where there is none), `cpu`, `cuda`, `cuda:N`, or a map from module prefix to
+            device.
         max_memory: Bytes or sizes such as `22GiB` by device; a number N stands for `cuda:N`. Devices not named are not used.
         reserve: Bytes or size to keep free on each device; default 1 GiB on a GPU and 256 MiB on the host.
         max_model_len: Tokens that the KV cache and activations are planned for.

@@ -26,8 +26,8 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def kv_cache_bytes(config: Mapping[str, Any], max_model_len: int, dtype: str) -> int:
     """Bytes of keys and values for one sequence.
 
-    2 x layers x key-value heads x head dimension x tokens x itemsize; layers with a sliding window hold at most the window, layers
-    of linear attention none; latent attention (DeepSeek) is counted as transformers caches it, decompressed.
+    2 x layers x key-value heads x head dimension x tokens x itemsize; layers with a sliding window hold at most the window,
+    layers of linear attention none; latent attention (DeepSeek) is counted as transformers caches it, decompressed.
 
     Args:
         config: A config.json.

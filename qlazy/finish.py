@@ -26,7 +26,8 @@ def finish(model: PreTrainedModel, plan: Plan, match: Match, placer: Placer, sou
     Returns:
         The same model, in evaluation mode, its weights frozen.
     Raises:
-        IncompleteCheckpoint: a tensor was not filled to its last row, or has no storage. That would be a fault of qlazy's, found
+        IncompleteCheckpoint: a tensor was not filled to its last row, or has no storage. That would be a fault of qlazy's,
+            found
             here and not by the user.
 
     Memory: what is initialized, which is part of the plan.
@@ -40,16 +41,16 @@ def finish(model: PreTrainedModel, plan: Plan, match: Match, placer: Placer, sou
     model.tie_weights(missing_keys=_unfilled(model, match), recompute_mapping=False)
     require_storage(model, source.model_id)
     model.requires_grad_(False)
-    if source.gguf_file is None and source.folder is not None and (source.folder / "generation_config.json").is_file():
-        if model.can_generate():
-            model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    if model.can_generate() and source.folder is not None and (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
     devices = {tensor.device for tensor in plan.tensors}
     if len(devices) > 1:
         from accelerate import dispatch_model
 
         dispatch_model(model, device_map=_module_map(model, plan), main_device=plan.budget.devices[0])
     attach_quantizer(model, plan.recipe)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def require_storage(model: nn.Module, model_id: str) -> None:
@@ -80,7 +81,7 @@ def _unfilled(model: PreTrainedModel, match: Match) -> set[str]:
 
 
 def _module_map(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Device of every module that holds tensors, as accelerate wants it: a module whose tensors agree stands for all below it."""
+    """Device of every module that holds tensors, as accelerate wants it."""
     places: dict[str, str] = {}
     for tensor in plan.tensors:
         places[tensor.name.rpartition(".")[0]] = tensor.device

@@ -3,7 +3,8 @@
 Shape legend, used in names all over qlazy:
     M = tokens, N = out_features (rows), K = in_features (columns), G = groups along K, P = packed elements along K.
 
-Logical layout (compressed-tensors `pack-quantized`; the one that is saved, and the one in memory unless a backend says otherwise)::
+Logical layout (compressed-tensors `pack-quantized`; the one that is saved, and the one in memory unless a backend says
+otherwise)::
 
     Int4   weight_packed      int32 (N, ceil(K/8))   word p of a row holds k = 8p..8p+7, 4 bits each, k = 8p in bits 0-3;
                                                      a nibble holds code = q + 8, q in [-8, 7]

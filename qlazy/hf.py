@@ -1,7 +1,7 @@
 """qlazy as a transformers quantizer: `from_pretrained(..., quantization_config=qlazy.QlazyConfig(bits=4))`.
 
-transformers then reads and places the weights, one after the other, and qlazy's layers quantize them. `qlazy.load_quantized` gives the
-same layers with its own bounded and overlapped pipeline.
+transformers then reads and places the weights, one after the other, and qlazy's layers quantize them. `qlazy.load_quantized`
+gives the same layers with its own bounded and overlapped pipeline.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlazy.errors import CorruptCheckpoint, UnsupportedModel
@@ -24,7 +25,7 @@ from qlazy.swap import entries_of, quant_layer
 
 
 @register_quantization_config("qlazy")
-class QlazyConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QlazyConfig(QuantizationConfigMixin):
     """What to quantize and how, for `from_pretrained`.
 
     Args:
@@ -42,7 +43,7 @@ class QlazyConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         bits: int = 4,
-        format: str | None = None,  # noqa: A002 - the word users type
+        format: str | None = None,
         group_size: int | None = None,
         symmetric: bool | None = None,
         double_quant: bool = True,
@@ -52,7 +53,7 @@ class QlazyConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown = set(kwargs) - {"quant_method"}
         if unknown:
             raise TypeError(f"QlazyConfig has no option {sorted(unknown)[0]!r}")
-        self.quant_method = "qlazy"
+        self.quant_method: Any = "qlazy"
         self.bits = bits
         self.format = format
         self.group_size = group_size
@@ -98,7 +99,7 @@ class QlazyConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer("qlazy")
-class QlazyQuantizer(HfQuantizer):  # type: ignore[misc]
+class QlazyQuantizer(HfQuantizer):
     """Swaps layers before transformers loads, and quantizes each weight as it comes."""
 
     requires_calibration = False
@@ -121,6 +122,7 @@ class QlazyQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Mapping[str, Any] | str | None = None, **kwargs: Any
     ) -> PreTrainedModel:
+        assert isinstance(self.quantization_config, QlazyConfig)
         recipe = self.quantization_config.recipe()
         everything = dict.fromkeys(model.state_dict(), 0)
         for entry in entries_of(model, everything):
@@ -129,7 +131,7 @@ class QlazyQuantizer(HfQuantizer):  # type: ignore[misc]
             if fmt is None:
                 continue
             path = entry.name.removesuffix(".weight")
-            layer = model.get_submodule(path)
+            layer: Any = model.get_submodule(path)
             swapped = quant_layer(layer, fmt, getattr(torch, entry.dtype), _device(device_map, path))
             # transformers looks for the weight by its key; this stands in for it until `_Quantize` has filled the layer.
             swapped._parameters["weight"] = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
@@ -171,10 +173,10 @@ class QlazyQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
+class _Quantize(ConversionOps):
     """Fills a layer with the weight that transformers read for it."""
 
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, Any],
         model: PreTrainedModel | None = None,
@@ -202,7 +204,8 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
                     f"Tensor {name!r} holds a NaN or an infinity.", hint="Download the model again."
                 ) from None
             del layer._parameters["weight"]
-            layer._is_hf_initialized = True
+            filled: Any = layer
+            filled._is_hf_initialized = True
             if missing_keys is not None:
                 missing_keys -= {name, *(f"{path}.{key}" for key in layer.storage)}
         return {}
@@ -216,10 +219,11 @@ def attach_quantizer(model: PreTrainedModel, recipe: Recipe) -> None:
         recipe: What they were made by.
     """
     config = QlazyConfig.of_recipe(recipe)
-    model.hf_quantizer = QlazyQuantizer(config, pre_quantized=False)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    model.config.quantization_config = config
+    marked: Any = model
+    marked.hf_quantizer = QlazyQuantizer(config, pre_quantized=False)
+    marked.is_quantized = True
+    marked.quantization_method = config.quant_method
+    marked.config.quantization_config = config
 
 
 def _device(device_map: Mapping[str, Any] | str | None, path: str) -> str:

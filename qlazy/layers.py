@@ -1,11 +1,12 @@
 """Low-bit layers: a linear layer whose weight is packed, and which knows how to be filled row by row.
 
-A layer is made without storage (meta), gets it from `allocate`, and is filled by `fill_rows` from any thread, in any order, every
-row once. It is no `nn.Linear`: nothing may take its bytes for a weight. `weight` reads as a dequantized copy.
+A layer is made without storage (meta), gets it from `allocate`, and is filled by `fill_rows` from any thread, in any order,
+every row once. It is no `nn.Linear`: nothing may take its bytes for a weight. `weight` reads as a dequantized copy.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -13,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qlazy import codebook, ops
-from qlazy.formats import Codebook4, Format, Int4, Int8, Layout
+from qlazy.formats import BNB_BLOCK, BNB_NESTED_BLOCK, Codebook4, Format, Int4, Int8, Layout
 from qlazy.quantize import pack_int4, pack_zero_points, quantize_int4, quantize_int8
-
 
 ROW_BLOCK = 64
 """Rows that every packed layout keeps together."""
@@ -39,13 +39,14 @@ class QuantLinear(nn.Module):
 
     format: Format
     weight_packed: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         *,
-        format: Format,  # noqa: A002 - the word users type
+        format: Format,
         dtype: torch.dtype,
         device: str,
         bias: nn.Parameter | None,
@@ -88,7 +89,8 @@ class QuantLinear(nn.Module):
         Raises:
             NonFiniteError: a scale came out as NaN or infinite, so one of these weights is.
 
-        Memory: the quantizer's work buffers, about 3 MiB; for double quantization one float32 for every 64 weights until complete.
+        Memory: the quantizer's work buffers, about 3 MiB; for double quantization one float32 for every 64 weights until
+        complete.
         """
         raise NotImplementedError
 
@@ -140,7 +142,7 @@ class QuantLinear(nn.Module):
         Memory: the result, and where many tokens come at once the scratch for 256 rows.
         """
         if torch.is_grad_enabled() and x.requires_grad:
-            product: Tensor = _Product.apply(x, self)
+            product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return product
         return self.product(x)
 
@@ -173,7 +175,7 @@ class QuantLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """See `__getstate__`."""
-        super().__setstate__(state)
+        self.__dict__.update(state)
         self._lock = threading.Lock()
 
 
@@ -183,6 +185,7 @@ class Int4Linear(QuantLinear):
     format: Int4
     weight_packed: Tensor
     weight_scale: Tensor
+    weight_zero_point: Tensor
 
     def fill_rows(self, start: int, weight: Tensor) -> bool:  # noqa: D102
         stop = start + weight.shape[0]
@@ -262,19 +265,22 @@ class Codebook4Linear(QuantLinear):
     """NF4 and FP4 with bitsandbytes' bytes; on a GPU multiplied by bitsandbytes' own kernels."""
 
     format: Codebook4
-    weight_packed: Tensor
+    absmax: Tensor
+    absmax_packed: Tensor
+    nested_absmax: Tensor
+    nested_offset: Tensor
     _absmax: Tensor | None = None
     _quant_state: Any = None
 
     def fill_rows(self, start: int, weight: Tensor) -> bool:  # noqa: D102
         with self._lock:
             if self._absmax is None:
-                blocks = -(-self.in_features * self.out_features // codebook.BNB_BLOCK)
+                blocks = -(-self.in_features * self.out_features // BNB_BLOCK)
                 double = self.format.double_quant
                 # Nested scales need the mean of all of them, so they are made when the last row has come.
                 self._absmax = torch.empty(blocks, dtype=torch.float32, device=weight.device) if double else self.absmax
         begin, count = start * self.in_features, weight.numel()
-        part = self._absmax[begin // codebook.BNB_BLOCK : -(-(begin + count) // codebook.BNB_BLOCK)]
+        part = self._absmax[begin // BNB_BLOCK : -(-(begin + count) // BNB_BLOCK)]
         packed = self.weight_packed[begin // 2 : -(-(begin + count) // 2)]
         codebook.quantize_blocks(weight, self.format.kind, packed_out=packed, absmax_out=part)
         require_finite(part)
@@ -309,19 +315,21 @@ class Codebook4Linear(QuantLinear):
             if self.format.double_quant:
                 code = codebook.nested_code().to(x.device)
                 nested = bnb.functional.QuantState(
-                    absmax=self.nested_absmax, code=code, blocksize=codebook.BNB_NESTED_BLOCK, dtype=torch.float32
+                    absmax=self.nested_absmax, code=code, blocksize=BNB_NESTED_BLOCK, dtype=torch.float32
                 )
             self._quant_state = bnb.functional.QuantState(
                 absmax=self.absmax_packed if nested else self.absmax,
                 shape=torch.Size((self.out_features, self.in_features)),
                 code=codebook.CODES[self.format.kind].to(x.device),
-                blocksize=codebook.BNB_BLOCK,
+                blocksize=BNB_BLOCK,
                 quant_type=self.format.kind,
                 dtype=self.dtype,
                 offset=self.nested_offset if nested else None,
                 state2=nested,
             )
-        y: Tensor = bnb.matmul_4bit(x, self.weight_packed.view(-1, 1).t(), quant_state=self._quant_state, bias=self.bias)
+        y: Tensor = bnb.matmul_4bit(  # type: ignore[attr-defined]
+            x, self.weight_packed.view(-1, 1).t(), quant_state=self._quant_state, bias=self.bias
+        )
         return y
 
     def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -352,19 +360,20 @@ def require_finite(values: Tensor) -> None:
 
     Memory: one number: NaN and infinities survive the difference that is looked at.
     """
-    if values.numel() and not bool(torch.isfinite(values.amax() - values.amin())):
-        if not bool(torch.isfinite(values).all()):
-            raise NonFiniteError
+    # The difference can overflow where all is well, so a suspicion is looked into.
+    suspect = values.numel() > 0 and not math.isfinite(float(values.amax() - values.amin()))
+    if suspect and not bool(torch.isfinite(values).all()):
+        raise NonFiniteError
 
 
 class _Product(torch.autograd.Function):
     """The product with a gradient for x, so that adapters train through a frozen low-bit layer."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
         ctx.layer = layer
         return layer.product(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.dequantize(grad.dtype), None

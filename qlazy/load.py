@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -83,7 +84,8 @@ def load(
         clock.lap("stream")
         model = finish(model, plan, match, placer, source)
         clock.lap("finish")
-    model.qlazy_report = LoadReport(
+    loaded: Any = model
+    loaded.qlazy_report = LoadReport(
         plan=plan,
         seconds=clock.seconds,
         bytes_read=stream.bytes_done,

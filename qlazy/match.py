@@ -1,7 +1,7 @@
 """Match a checkpoint with a model: which stored tensors become which of the model's, and what is missing or left over.
 
-transformers' own renames, prefixes and weight converters decide, so that whatever it loads finds its place here too. Everything is
-checked on shapes alone, before any storage exists and before a byte of weights is read.
+transformers' own renames, prefixes and weight converters decide, so that whatever it loads finds its place here too. Everything
+is checked on shapes alone, before any storage exists and before a byte of weights is read.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True
     unexpected, ignored = _split(leftover, computed | set(model._keys_to_ignore_on_load_unexpected or ()))
     if strict and missing:
         raise IncompleteCheckpoint(
-            f"{source.model_id}: {len(missing)} tensors that {type(model).__name__} needs are in none of its files: {_some(missing)}",
+            f"{source.model_id}: {len(missing)} tensors that {type(model).__name__} "
+            f"needs are in none of its files: {_some(missing)}",
             hint="Download the model again, or pass strict=False (--no-strict) to initialize them at random.",
         )
     if strict and unexpected and source.kind != "gguf":
@@ -104,7 +105,7 @@ def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True
             hint="The files belong to another model or version; pass strict=False (--no-strict) to leave them out.",
         )
     ordered = sorted(fills, key=lambda fill: (str(fill.sources[0].path), fill.sources[0].offset))
-    return Match(fills=tuple(ordered), unexpected=tuple([*unexpected, *ignored]), missing=tuple([*missing, *ignored_missing]))
+    return Match(fills=tuple(ordered), unexpected=(*unexpected, *ignored), missing=(*missing, *ignored_missing))
 
 
 def _match_keys(model: PreTrainedModel, source: Source, state: dict[str, Tensor]) -> tuple[list[Fill], list[str]]:
@@ -167,7 +168,8 @@ def _converted(
         made = convert(empty)
     except Exception as error:
         raise CorruptCheckpoint(
-            f"{sources[0].path.name}: {len(sources)} tensors from {sources[0].name!r} on cannot be converted into {target!r}: {error}",
+            f"{sources[0].path.name}: {len(sources)} tensors from {sources[0].name!r} on "
+            f"cannot be converted into {target!r}: {error}",
             hint="config.json and the weights belong to different models; download both again.",
         ) from error
     for name, tensor in made.items():
@@ -187,7 +189,7 @@ def _match_gguf(model: PreTrainedModel, source: Source, state: dict[str, Tensor]
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     arch = str(source.config.get("model_type"))
-    processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=model.config.to_dict())
+    processor: Any = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=model.config.to_dict())  # type: ignore[no-untyped-call]
     names = _gguf_names(model, processor, arch, state)
     fills, leftover = [], []
     for key, info in source.tensors.items():
@@ -219,8 +221,10 @@ def _match_gguf(model: PreTrainedModel, source: Source, state: dict[str, Tensor]
 
 
 def _gguf_names(model: PreTrainedModel, processor: Any, arch: str, state: dict[str, Tensor]) -> dict[str, str]:
-    """The model's name of every tensor that llama.cpp names: one pass over the state, or transformers' own walk over all submodules
-    (seconds for a deep model) where that leaves a name out."""
+    """The model's name of every tensor that llama.cpp names, in one pass over the state.
+
+    Where that leaves a name out, transformers' own walk over all submodules, which takes seconds for a deep model.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
@@ -247,7 +251,7 @@ def _row_order(processor: Any, key: str, info: TensorInfo) -> Tensor | None:
     numbers = np.arange(rows, dtype=np.float64)[:, None]
     try:
         made = processor.process(numbers.copy(), key, tensor_key_mapping=None, parsed_parameters={"tensors": {}})
-    except Exception:  # noqa: BLE001 - a processor that needs the real width fails in its own way; then the whole tensor is converted
+    except Exception:
         return None
     if made.weights.shape != numbers.shape or made.name != key:
         return None
@@ -271,7 +275,7 @@ def _require_dtypes(fill: Fill, state: dict[str, Tensor]) -> None:
             if stored.is_floating_point != wanted.is_floating_point:
                 raise CorruptCheckpoint(
                     f"{info.path.name}: tensor {info.name!r} is stored as {info.dtype}, but {target!r} is {wanted}.",
-                    hint="An integer where a weight belongs usually is a quantized checkpoint without its config; get the original.",
+                    hint="Integers in place of weights mean a quantized checkpoint without its config; get the original.",
                 )
 
 

@@ -21,7 +21,8 @@ def free_bytes(device: str) -> int:
     Args:
         device: `cpu`, or `cuda:N` with N as `CUDA_VISIBLE_DEVICES` numbers them.
     Returns:
-        For the CPU what the kernel calls available, no more than the container's limit leaves; for a GPU what its driver calls free.
+        For the CPU what the kernel calls available, no more than the container's limit leaves; for a GPU what its driver calls
+        free.
     Raises:
         DeviceUnavailable: there is no such device, or no driver to ask.
     """
@@ -73,7 +74,7 @@ def cuda_devices() -> dict[str, Gpu]:
 
 
 def anonymous_bytes() -> int:
-    """Bytes of memory of this process that no file backs: what a load must keep small. Shared pages of mapped files do not count.
+    """Bytes of this process that no file backs: what a load must keep small; pages of mapped files do not count.
 
     Returns:
         `RssAnon` from /proc on Linux, the resident set elsewhere.
@@ -133,7 +134,7 @@ class Meter:
 
 
 def _cgroup_free() -> int:
-    """Bytes that the container's own limit leaves; page cache counts against it but can be reclaimed, so this is a lower bound."""
+    """Bytes that the container's own limit leaves; its page cache counts as free, as the kernel reclaims it."""
     for limit_file, usage_file in CGROUP_FILES:
         try:
             limit = Path("/sys/fs/cgroup", limit_file).read_text().strip()
@@ -156,7 +157,7 @@ def _cgroup_cache() -> int:
 
 
 def _visible(found: list[tuple[str, Gpu]], setting: str | None) -> list[Gpu]:
-    """The devices that CUDA shows under a value of `CUDA_VISIBLE_DEVICES`: indices or UUIDs, up to the first that is neither."""
+    """What CUDA shows under a value of `CUDA_VISIBLE_DEVICES`: indices or UUIDs, up to the first that is neither."""
     if setting is None:
         return [gpu for _, gpu in found]
     shown = []

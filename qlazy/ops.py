@@ -163,17 +163,18 @@ def _linear_int4(
     rows = packed.shape[0]
     if cpu_layout and x_MK.shape[0] <= INT4_PACKED_TOKENS:
         # Only bfloat16 is vectorised, and the op reads x with aligned loads; a fresh cast or copy is both.
-        y_MN = torch.ops.aten._weight_int4pack_mm_for_cpu(_aligned(x_MK), packed, in_features // scale.shape[0], scale)
-        y_MN = y_MN.to(x.dtype) if bias is None else y_MN.to(x.dtype).add_(bias)
-        return y_MN.view(*x.shape[:-1], rows)
-    y_MN = x.new_empty(x_MK.shape[0], rows)
-    for start in range(0, rows, BLOCK_ROWS):
-        stop = min(rows, start + BLOCK_ROWS)
-        if cpu_layout:
-            y_MN[:, start:stop] = x_MK @ dequantize_int4_cpu_rows(packed, scale, x.dtype, start, stop)
-        else:
-            weight = dequantize_int4_rows(packed, scale, zero, in_features, x.dtype, start, stop)
-            y_MN[:, start:stop] = linear(x_MK, weight)
+        group_size = in_features // scale.shape[0]
+        y_MN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(_aligned(x_MK), packed, group_size, scale)
+        y_MN = y_MN.to(x.dtype)
+    else:
+        y_MN = x.new_empty(x_MK.shape[0], rows)
+        for start in range(0, rows, BLOCK_ROWS):
+            stop = min(rows, start + BLOCK_ROWS)
+            if cpu_layout:
+                y_MN[:, start:stop] = x_MK @ dequantize_int4_cpu_rows(packed, scale, x.dtype, start, stop)
+            else:
+                weight = dequantize_int4_rows(packed, scale, zero, in_features, x.dtype, start, stop)
+                y_MN[:, start:stop] = linear(x_MK, weight)
     if bias is not None:
         y_MN += bias
     return y_MN.view(*x.shape[:-1], rows)
@@ -185,7 +186,7 @@ def _linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) 
     # K % 16 != 0 gives garbage in the packed product, and grouped scales it does not know.
     packed_product = x.device.type == "cpu" and scale.shape[1] == 1 and columns % 16 == 0 and scale.dtype == torch.bfloat16
     if packed_product and x_MK.shape[0] <= INT8_PACKED_TOKENS:
-        y_MN = torch.ops.aten._weight_int8pack_mm(_aligned(x_MK), packed, scale.view(-1)).to(x.dtype)
+        y_MN: Tensor = torch.ops.aten._weight_int8pack_mm(_aligned(x_MK), packed, scale.view(-1)).to(x.dtype)
     else:
         y_MN = x.new_empty(x_MK.shape[0], rows)
         for start in range(0, rows, BLOCK_ROWS):

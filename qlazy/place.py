@@ -17,7 +17,8 @@ class Placer:
     """Final storage of a model, and the account of what has been filled.
 
     Args:
-        model: A placeholder with its layers swapped. Everything that `plan` names gets storage now; pages stay untouched until filled.
+        model: A placeholder with its layers swapped. Everything that `plan` names gets storage now; pages stay untouched until
+            filled.
         plan: The exact plan.
 
     Memory: the bytes that the plan gives each device.
@@ -82,7 +83,8 @@ class Placer:
         except NonFiniteError:
             source = chunk.fill.sources[0]
             raise CorruptCheckpoint(
-                f"{source.path.name}: tensor {source.name!r} holds a NaN or an infinity in rows {start} to {start + values.shape[0]}.",
+                f"{source.path.name}: tensor {source.name!r} holds a NaN or an infinity in rows {start} to "
+                f"{start + values.shape[0]}.",
                 hint="The file is damaged; download it again, e.g. with `hf download --force-download`.",
             ) from None
         with self._lock:

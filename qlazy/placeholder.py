@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -41,9 +41,10 @@ def build_placeholder(
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     config.name_or_path = source.resolved
     with no_init_weights(), no_tie_weights(), lazy_build(), torch.device("cpu"):
-        model = cls._from_config(config, dtype=dtype, **options)
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype, **options)
     _keep_in_float32(model, dtype)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -57,6 +58,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
     Raises:
         UnsupportedModel: transformers does not know the model type, or refuses the config.
     """
+    assert source.folder is not None, "weights cannot be loaded from a source that was opened for its headers only"
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **options)
@@ -64,7 +66,8 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
         kind = source.config.get("model_type")
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModel(
-            f"{source.model_id}: transformers {transformers.__version__} cannot read the config of model type {kind!r}: {first}",
+            f"{source.model_id}: transformers {transformers.__version__} cannot read the config of model type "
+            f"{kind!r}: {first}",
             hint="Update transformers, or pass trust_remote_code=True if the model brings code that you trust.",
         ) from error
     assert isinstance(config, PretrainedConfig)
@@ -89,8 +92,8 @@ def _model_class(source: Source, config: PretrainedConfig, trust_remote_code: bo
     if not names:
         for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
             if type(config) in mapping:
-                guessed: type[PreTrainedModel] = mapping[type(config)]
-                return guessed
+                guessed: Any = mapping[type(config)]
+                return cast("type[PreTrainedModel]", guessed)
     wanted = ", ".join(names) or f"model type {config.model_type!r}"
     raise UnsupportedModel(
         f"{source.model_id}: transformers {transformers.__version__} has no architecture {wanted}.",

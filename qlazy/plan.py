@@ -22,7 +22,9 @@ from qlazy.sizes import format_bytes
 from qlazy.source import Source
 
 RUNTIME_BYTES = {"cpu": 128 << 20, "cuda": 640 << 20}
-"""Memory that a process takes beside weights, cache and activations: allocator slack and library scratch; on CUDA its context too."""
+"""Memory that a process takes beside weights, cache and activations: allocator slack and library scratch; on CUDA its context
+too.
+"""
 
 RING_BYTES = 64 << 20
 """Staging ring of a load, on the host."""
@@ -218,12 +220,12 @@ def entries(source: Source, dtype: str) -> list[Entry]:
         One entry a tensor, in file order.
     """
     tensors = sorted(source.tensors.values(), key=lambda t: (str(t.path), t.offset))
-    floating = lambda name: name not in ("int64", "int32", "int16", "int8", "uint8", "bool")  # noqa: E731
+    integers = ("int64", "int32", "int16", "int8", "uint8", "bool")
     return [
         Entry(
             name=t.name,
             shape=t.shape,
-            dtype=dtype if floating(t.dtype) else t.dtype,
+            dtype=t.dtype if t.dtype in integers else dtype,
             kind=guess_kind(t.name, t.shape),
             source_nbytes=t.nbytes,
         )
@@ -307,8 +309,8 @@ def require_fit(plan: Plan, source: Source) -> None:
     needed, free = sum(d.total_bytes for d in short), sum(d.free_bytes - d.reserve_bytes for d in short)
     where = ", ".join(f"{d.device} is short by {format_bytes(-d.left_bytes)}" for d in short)
     raise DoesNotFit(
-        f"{plan.model_id} in {plan.recipe.format.name} does not fit: it needs {format_bytes(needed)} where {format_bytes(max(0, free))} "
-        f"are free after the reserve; {where}.",
+        f"{plan.model_id} in {plan.recipe.format.name} does not fit: it needs {format_bytes(needed)} where "
+        f"{format_bytes(max(0, free))} are free after the reserve; {where}.",
         hint=_what_fits(plan, source),
         needed_bytes=needed,
         free_bytes=max(0, free),

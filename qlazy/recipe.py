@@ -41,7 +41,7 @@ class Recipe:
     format: Format = Int4()
     """Format of every layer that is quantized."""
     modules_to_not_convert: tuple[str, ...] = ()
-    """Names or globs of modules kept in the model's dtype, in addition to the defaults (embeddings, output heads, routers). A name
+    """Names or globs of modules kept in the model's dtype, beside the defaults (embeddings, output heads, routers). A name
     matches where it stands as whole dotted components: `mlp.down_proj` matches `model.layers.3.mlp.down_proj`."""
 
     def format_for(self, kind: Kind, name: str, rows: int, columns: int) -> tuple[Format | None, str]:
@@ -65,7 +65,7 @@ class Recipe:
 def make_recipe(
     *,
     bits: int = 4,
-    format: str | None = None,  # noqa: A002 - the word users type
+    format: str | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     double_quant: bool = True,

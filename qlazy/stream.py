@@ -1,8 +1,8 @@
 """Read a checkpoint in bounded pieces and hand each to a worker that puts it in its place.
 
-Every worker owns one slot of the ring: it takes the next chunk in file order, reads it into its slot and quantizes it from there, so
-that while some workers read others compute, and nothing waits in between. The host never holds more than the ring, whatever the
-largest tensor is. Tensors that must be converted as a whole are read one group at a time.
+Every worker owns one slot of the ring: it takes the next chunk in file order, reads it into its slot and quantizes it from
+there, so that while some workers read others compute, and nothing waits in between. The host never holds more than the ring,
+whatever the largest tensor is. Tensors that must be converted as a whole are read one group at a time.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Stream:
                     return
                 try:
                     self._run(chunk, slot)
-                except BaseException as error:  # noqa: BLE001 - carried to the thread that waits
+                except BaseException as error:
                     with self._lock:
                         self._error = self._error or error
                     self._stop.set()
@@ -229,7 +229,7 @@ class _Files:
         """
         descriptor = self._open(info)
         begin = info.offset + offset
-        view = memoryview(into.numpy())
+        view = memoryview(into.numpy().data)
         cached = self._read_cached(descriptor, view, begin) if self._drop else 0
         done = cached
         while done < len(view):
@@ -242,7 +242,8 @@ class _Files:
                 ) from error
             if got == 0:
                 raise IncompleteCheckpoint(
-                    f"{info.path.name}: tensor {info.name!r} ends at byte {begin + len(view):,}, but the file has {begin + done:,}.",
+                    f"{info.path.name}: tensor {info.name!r} ends at byte {begin + len(view):,}, but the file has "
+                    f"{begin + done:,}.",
                     hint="The file changed while it was read, or the download is cut short; download it again.",
                 )
             done += got
@@ -286,7 +287,7 @@ def _extent(info: TensorInfo) -> int:
 
 
 def _row_cost(info: TensorInfo) -> int:
-    """Bytes that one row takes while it is read: as stored, or for GGUF's block types about 12 bytes an element while decoded."""
+    """Bytes that one row takes while it is read: as stored, or about 12 an element while a GGUF block type is decoded."""
     decoded = 0 if isinstance(getattr(torch, info.dtype, None), torch.dtype) else 12
     return max(info.nbytes, decoded * math.prod(info.shape)) // max(1, _extent(info))
 

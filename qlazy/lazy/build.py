@@ -1,8 +1,9 @@
 """Build a module whose parameters have no storage and whose buffers hold their real values.
 
-A parameter becomes a plain `nn.Parameter` on the meta device at the moment it is registered. Everything else in a constructor runs
-for real, so that buffers (persistent or not), plain tensor attributes and values read with `.item()` are what eager building gives.
-The memory that a constructor asks for before registering is never written where it uses `torch.empty`, and is given back at once.
+A parameter becomes a plain `nn.Parameter` on the meta device at the moment it is registered. Everything else in a constructor
+runs for real, so that buffers (persistent or not), plain tensor attributes and values read with `.item()` are what eager
+building gives. The memory that a constructor asks for before registering is never written where it uses `torch.empty`, and is
+given back at once.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def lazy_build() -> Iterator[None]:
     """
     with _lock:
         if nn.Module.register_parameter is _eager_register:
-            nn.Module.register_parameter = _register  # type: ignore[method-assign]
+            nn.Module.register_parameter = _register  # type: ignore[method-assign, assignment]
     outer = getattr(_local, "placeholders", None)
     # Keyed by the eager parameter, weakly: its storage goes with it, and one that is registered twice gets one placeholder.
     _local.placeholders = WeakTensorKeyDictionary() if outer is None else outer
