@@ -94,16 +94,10 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
 
     Memory: the metadata without its vocabulary; the file is mapped, not read.
     """
-    file_size = path.stat().st_size
-    if file_size == 0:
+    if path.stat().st_size == 0:
         raise IncompleteCheckpoint(f"{path.name}: the file is empty", hint=_CUT)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-        try:
-            return parse_gguf(buffer, file=path.name, file_size=file_size, path=path)
-        except EndOfBuffer:
-            raise IncompleteCheckpoint(
-                f"{path.name}: the header goes on after the {file_size:,} bytes of the file", hint=_CUT
-            ) from None
+        return parse_gguf(buffer, file=path.name, file_size=len(buffer), path=path)
 
 
 def parse_gguf(buffer: Buffer, *, file: str, file_size: int, path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
