@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qlazy import codebook
+from qlazy import codebook, native
 from qlazy.formats import BNB_BLOCK
 from qlazy.quantize import unpack_int4, unpack_zero_points
 
@@ -108,6 +108,10 @@ def pack_int4_cpu(codes: Tensor) -> Tensor:
     """
     rows, columns = codes.shape
     width, order = cpu_int4_order()
+    if width == 64 and order == list(range(64)):
+        compiled = native.pack_int4_cpu(codes)
+        if compiled is not None:
+            return compiled
     blocks = codes.view(rows // width, width, columns)
     low, high = order[: width // 2], order[width // 2 :]
     halves = (blocks[:, low] | (blocks[:, high] << 4)).transpose(1, 2)

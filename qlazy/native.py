@@ -1,0 +1,149 @@
+"""The compiled twin of the quantizer's hot loop: made with the machine's own C compiler, used where there is one.
+
+The first quantization compiles `native.c` (about a second) into the cache folder, under a name that holds its hash, the compiler and
+the processor; later runs only open it. Without a compiler, or with `QLAZY_NATIVE=0`, the plain-torch quantizer gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.resources
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+"""Contraction off: a fused multiply-add would round once where the definition rounds twice."""
+
+GROUPS = (32, 64, 128)
+"""Group sizes that the compiled loop takes."""
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (
+        ("symmetric", ctypes.c_int32),
+        ("bfloat16_in", ctypes.c_int32),
+        ("bfloat16_scale", ctypes.c_int32),
+        ("candidates", ctypes.c_int32),
+        ("factors", ctypes.c_float * 16),
+    )
+
+
+def quantize_int4(
+    weight_NK: Tensor, *, group_size: int, symmetric: bool, scale_dtype: torch.dtype, factors: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """`qlazy.quantize.quantize_int4` by the compiled loop.
+
+    Args:
+        weight_NK: (N, K), on any device.
+        group_size: Columns that share a scale.
+        symmetric: True: no zeros.
+        scale_dtype: Dtype of the scales.
+        factors: The candidates.
+
+    Returns:
+        Codes, scale and zero as there; None where the loop does not take this weight, or there is no compiler.
+
+    Memory: the results, and four bytes for each group.
+    """
+    known = weight_NK.device.type == "cpu" and weight_NK.is_contiguous() and group_size in GROUPS
+    dtypes = (torch.bfloat16, torch.float32)
+    library = _library() if known and weight_NK.dtype in dtypes and scale_dtype in dtypes else None
+    if library is None or weight_NK.shape[1] % group_size:
+        return None
+    rows, columns = weight_NK.shape
+    groups = columns // group_size
+    codes = torch.empty((rows, columns), dtype=torch.uint8)
+    scale = torch.empty((rows, groups), dtype=torch.float32)
+    zero = torch.empty((rows, groups), dtype=torch.uint8)
+    options = _Options(
+        symmetric=symmetric,
+        bfloat16_in=weight_NK.dtype is torch.bfloat16,
+        bfloat16_scale=scale_dtype is torch.bfloat16,
+        candidates=len(factors),
+        factors=(ctypes.c_float * 16)(*factors),
+    )
+    library.qlazy_quantize_int4(
+        _pointer(weight_NK), rows * groups, group_size, ctypes.byref(options), _pointer(codes), _pointer(scale), _pointer(zero)
+    )
+    return codes, scale.to(scale_dtype), None if symmetric else zero
+
+
+def pack_int4_cpu(codes_NK: Tensor) -> Tensor | None:
+    """Pack codes in torch's AVX-512 order.
+
+    Args:
+        codes_NK: uint8 (N, K), contiguous; N a multiple of 64.
+
+    Returns:
+        uint8 (N, K/2); None where there is no compiler.
+
+    Memory: the result.
+    """
+    library = _library()
+    if library is None or not codes_NK.is_contiguous():
+        return None
+    rows, columns = codes_NK.shape
+    packed = torch.empty((rows, columns // 2), dtype=torch.uint8)
+    library.qlazy_pack_int4_cpu(_pointer(codes_NK), rows, columns, _pointer(packed))
+    return packed
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled loops, from the cache or made now; None where that cannot be."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if os.environ.get("QLAZY_NATIVE") == "0" or platform.system() != "Linux" or compiler is None:
+        return None
+    source = (importlib.resources.files("qlazy") / "native.c").read_text()
+    key = hashlib.sha256("\0".join((source, compiler, *FLAGS, platform.machine(), _processor())).encode()).hexdigest()[:16]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlazy" / f"native-{key}.so"
+    try:
+        if not path.is_file():
+            _compile(source, compiler, path)
+        library = ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("no compiled quantizer, the plain one gives the same bytes: %s", error)
+        return None
+    int64, int32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+    library.qlazy_quantize_int4.argtypes = (pointer, int64, int32, pointer, pointer, pointer, pointer)
+    library.qlazy_quantize_int4.restype = None
+    library.qlazy_pack_int4_cpu.argtypes = (pointer, int64, int64, pointer)
+    library.qlazy_pack_int4_cpu.restype = None
+    return library
+
+
+def _compile(source: str, compiler: str, path: Path) -> None:
+    """Compile beside the target and rename: another process never sees half a library."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        code, made = Path(folder, "native.c"), Path(folder, "native.so")
+        code.write_text(source)
+        command = [compiler, *FLAGS, "-o", str(made), str(code), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        os.replace(made, path)
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a cache folder may be shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
