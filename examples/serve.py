@@ -84,12 +84,7 @@ def main() -> None:
     name = asked.name or Path(asked.model).name.removesuffix(".gguf")
     models = OneModel(name, asked.model, bits=asked.bits, format=asked.format, max_model_len=asked.max_model_len)
     print(f"Serving {name} on http://127.0.0.1:{asked.port}/v1; Ctrl-C ends it.", flush=True)
-    try:
-        uvicorn.run(build(models), host="127.0.0.1", port=asked.port, log_level="warning")
-    except KeyboardInterrupt:
-        pass  # uvicorn has already finished what was under way
-    finally:
-        models.shutdown()
+    uvicorn.run(build(models), host="127.0.0.1", port=asked.port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ class Loaded:
 
     model: PreTrainedModel
     """The quantized model."""
-    tokenizer: PreTrainedTokenizerBase
-    """Its tokenizer."""
+    tokenizer: Any
+    """Its tokenizer; None where nothing will be asked."""
     max_model_len: int
     """Tokens that memory was planned for."""
 
@@ -88,7 +88,7 @@ class Loaded:
     @property
     def chats(self) -> bool:
         """Whether the tokenizer has a chat template."""
-        return self.tokenizer.chat_template is not None
+        return self.tokenizer is not None and self.tokenizer.chat_template is not None
 
     def answer(
         self,
@@ -157,35 +157,46 @@ class Loaded:
         return config
 
 
-def load(source: Source, options: Options) -> Loaded:
-    """Download what is not here yet, load the model and its tokenizer, and show progress on stderr.
+def load(source: Source, options: Options, *, speaks: bool = True) -> Loaded:
+    """Load a model and its tokenizer, showing progress on stderr.
 
     Args:
         source: An opened source, of which the headers are enough.
         options: The shared options.
+        speaks: Whether the model will be asked anything, and so needs a tokenizer.
     Returns:
         The model, ready to answer.
     Raises:
         QlazyError: whatever stands in the way.
     """
     hush(options)
+    recipe, budget = make_recipe(**options.recipe_arguments()), make_budget(**options.budget_arguments())
     with Display(silent=options.quiet or options.json) as display:
-
-        def downloaded(done: int, total: int) -> None:
-            display(Progress(stage="download", done_bytes=done, total_bytes=total, host_bytes=anonymous_bytes()))
-
-        if source.folder is None:
-            source = open_source(source.model_id, on_progress=downloaded, **options.source_arguments())
-        tokenizer = load_tokenizer(source)
-        model = load_source(
-            source,
-            make_recipe(**options.recipe_arguments()),
-            make_budget(**options.budget_arguments()),
-            dtype=options.dtype,
-            attn_implementation=options.attn_implementation,
-            on_progress=display,
-        )
+        source = fetch(source, options, display)
+        tokenizer = load_tokenizer(source) if speaks else None
+        model = load_source(source, recipe, budget, on_progress=display, **options.load_arguments())
     return Loaded(model=model, tokenizer=tokenizer, max_model_len=options.max_model_len)
+
+
+def fetch(source: Source, options: Options, display: Display) -> Source:
+    """Download what is not here yet.
+
+    Args:
+        source: An opened source, of which the headers are enough.
+        options: The shared options.
+        display: Shows how far it is.
+    Returns:
+        The source with its folder.
+    Raises:
+        QlazyError: whatever stands in the way.
+    """
+    if source.folder is not None:
+        return source
+
+    def downloaded(done: int, total: int) -> None:
+        display(Progress(stage="download", done_bytes=done, total_bytes=total, host_bytes=anonymous_bytes()))
+
+    return open_source(source.model_id, on_progress=downloaded, **options.source_arguments())
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -218,6 +229,6 @@ def hush(options: Options) -> None:
     if options.verbose:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(name)s: %(message)s")
         return
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore")

@@ -42,7 +42,7 @@ def load(
 
     from qlazy.cli import generate
 
-    loaded = generate.load(source, options)
+    loaded = generate.load(source, options, speaks=bool(prompt))
     report = loaded.report
     options.say(f"{verified(loaded)}\n{measured_table(report)}\n{timings(report)}{remarks(report)}")
     said = (
@@ -65,7 +65,8 @@ def verified(loaded: Loaded) -> str:
     """
     model, report = loaded.model, loaded.report
     left = sum(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers()))
-    return f"{report.tensors_loaded}/{len(report.plan.tensors)} tensors, {left} left without storage"
+    stored = sum(tensor.source_nbytes > 0 for tensor in report.plan.tensors)
+    return f"{report.tensors_loaded}/{stored} tensors, {left} left without storage"
 
 
 def remarks(report: LoadReport) -> str:

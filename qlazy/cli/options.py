@@ -109,6 +109,23 @@ class Options:
         Path | None, typer.Option(help="Folder of downloads; default that of huggingface_hub.", rich_help_panel=_FROM)
     ] = None
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Ask no network.", rich_help_panel=_FROM)] = False
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict/--no-strict",
+            help="Refuse missing and unexpected tensors, or initialize and ignore.",
+            rich_help_panel=_FROM,
+        ),
+    ] = True
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code from the model's folder.", rich_help_panel=_FROM)
+    ] = False
+    drop_page_cache: Annotated[
+        bool,
+        typer.Option(
+            "--drop-page-cache/--keep-page-cache", help="Give back the file cache that the load fills.", rich_help_panel=_FROM
+        ),
+    ] = True
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress.", rich_help_panel=_SAYS)
     ] = False
@@ -155,6 +172,15 @@ class Options:
             "cache_dir": self.cache_dir,
             "local_files_only": self.local_files_only,
         }
+
+    def load_arguments(self) -> dict[str, Any]:
+        """Arguments of `qlazy.load.load` beside source, recipe and budget.
+
+        Returns:
+            Arguments by name.
+        """
+        names = ("dtype", "attn_implementation", "strict", "trust_remote_code", "drop_page_cache")
+        return {name: getattr(self, name) for name in names}
 
     def say(self, text: str = "") -> None:
         """Print on stderr, unless asked to be quiet.

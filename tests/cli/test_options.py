@@ -70,10 +70,11 @@ def test_options_are_those_of_load_quantized():
     parameters = inspect.signature(load_quantized).parameters
     everything = Options(bits=4, format="int4", group_size=64, symmetric=True, double_quant=True, modules_to_not_convert=["x"])
     given = everything.recipe_arguments() | everything.budget_arguments() | everything.source_arguments()
+    given |= everything.load_arguments()
     assert set(given) <= set(parameters)
     nothing = Options()
     assert nothing.recipe_arguments() == {}
-    for name, value in (nothing.budget_arguments() | nothing.source_arguments()).items():
+    for name, value in (nothing.budget_arguments() | nothing.source_arguments() | nothing.load_arguments()).items():
         assert value == parameters[name].default, name
 
 

@@ -1,0 +1,87 @@
+"""`qlazy load`: what is said while and after, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def test_order_on_stderr_and_nothing_on_stdout(qlazy, tiny):
+    done = qlazy("load", tiny)
+    assert done.code == 0 and done.out == ""
+    marks = [
+        "free now",
+        "Fits.",
+        "%  Reading",
+        "21/21 tensors, 0 left without storage",
+        "planned   ",
+        "weights, cpu",
+        "peak while loading, cpu",
+        "total ",
+        "It says: ",
+        f"Next: qlazy chat {tiny}",
+    ]
+    places = [done.err.index(mark) for mark in marks]
+    assert places == sorted(places)
+    assert "\x1b" not in done.err
+
+
+def test_json_has_planned_and_measured_bytes(qlazy, tiny):
+    done = qlazy("load", tiny, "--bits", "8", "--json")
+    found = done.json
+    assert done.code == 0 and done.err == ""
+    assert found["schema"] == 1 and found["tensors_loaded"] == 21
+    weights = found["comparisons"][0]
+    assert (weights["what"], weights["device"]) == ("weights", "cpu")
+    assert weights["measured_bytes"] == found["device_bytes"]["cpu"]
+    assert abs(weights["measured_bytes"] - weights["planned_bytes"]) <= 0.01 * weights["planned_bytes"]
+    assert {"plan", "build", "stream", "finish", "total"} <= set(found["seconds"])
+    assert 1 <= found["generated"]["tokens"] <= 32
+
+
+def test_quiet_and_no_prompt(qlazy, tiny):
+    done = qlazy("load", tiny, "-q", "--prompt", "")
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_prompt_is_continued_where_there_is_no_chat_template(qlazy, mute):
+    assert "It says: " in qlazy("load", mute, "--prompt", "the sea").err
+
+
+def test_what_does_not_fit_is_refused_before_torch_is_imported(shell, tiny):
+    done = shell("load", tiny, "--max-memory", "cpu=1MiB")
+    assert done.code == 4 and done.out == ""
+    assert "free now" in done.err and "Error: " in done.err and "Reading" not in done.err
+
+
+def test_no_tokenizer_is_named_with_a_way_out(qlazy, tiny, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(tiny / name)
+    done = qlazy("run", tmp_path, "hello")
+    assert done.code == 3 and "has no tokenizer" in done.err and done.out == ""
+    assert "--prompt ''" in done.err
+    assert qlazy("load", tmp_path, "--prompt", "").code == 0
+
+
+def test_missing_tensor_is_code_5_and_no_strict_loads_it(qlazy, tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in tiny.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    tensors = load_file(tiny / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    done = qlazy("load", tmp_path)
+    assert done.code == 5 and "model.norm.weight" in done.err and "--no-strict" in done.err
+    loose = qlazy("load", tmp_path, "--no-strict", "--prompt", "")
+    assert loose.code == 0 and "initialized by transformers: model.norm.weight" in loose.err
+
+
+@pytest.mark.parametrize("flags", [["--format", "nf4"], ["--recipe", "int4-small"], ["--modules-to-not-convert", "down_proj"]])
+def test_recipe_reaches_the_model(qlazy, tiny, flags):
+    planned = qlazy("plan", tiny, *flags, "--json").json
+    loaded = qlazy("load", tiny, *flags, "--prompt", "", "--json").json
+    formats = [
+        {t["name"].removesuffix(".weight"): t["format"] for t in p["tensors"] if t["format"]} for p in (planned, loaded["plan"])
+    ]
+    assert formats[0] == formats[1] and formats[0]
