@@ -1,0 +1,76 @@
+"""Random Llama-shaped checkpoints of any size, written shard by shard, for benchmarks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {
+    "0.3b": dict(zip(_SIZES, (1024, 2816, 16, 16, 4), strict=True)),
+    "1.1b": dict(zip(_SIZES, (2048, 5632, 22, 32, 4), strict=True)),
+    "3b": dict(zip(_SIZES, (3072, 8192, 28, 24, 8), strict=True)),
+}
+"""Configs by name; the vocabulary is 32000."""
+
+
+def write_checkpoint(folder: Path, shape: str, shards: int = 5) -> Path:
+    """Write a bfloat16 checkpoint of random weights; one that is complete is kept.
+
+    Memory: one shard.
+    """
+    if (folder / "model.safetensors.index.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        **SHAPES[shape],
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = list(_tensors(**SHAPES[shape]).items())
+    generator = torch.Generator().manual_seed(0)
+    per_shard = -(-len(tensors) // shards)
+    weight_map = {}
+    for index in range(shards):
+        name = f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
+        part = tensors[index * per_shard : (index + 1) * per_shard]
+        save_file({key: _values(size, generator) for key, size in part}, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys((key for key, _ in part), name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def _tensors(
+    *, hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int, num_key_value_heads: int
+) -> dict[str, tuple[int, ...]]:
+    hidden, inner, kv = hidden_size, intermediate_size, hidden_size // num_attention_heads * num_key_value_heads
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, hidden)}
+    block = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    for layer in range(num_hidden_layers):
+        found |= {f"model.layers.{layer}.{name}.weight": size for name, size in block.items()}
+    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (32000, hidden)}
+
+
+def _values(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if len(size) == 1:
+        return torch.ones(size, dtype=torch.bfloat16)
+    return torch.randn(size, generator=generator).mul_(0.02).to(torch.bfloat16)
