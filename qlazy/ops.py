@@ -25,7 +25,7 @@ BLOCK_ROWS = 256
 INT4_PACKED_TOKENS = 96
 """Up to this many tokens torch's int4 product is faster than dequantizing (measured on AVX-512, see docs/decisions)."""
 
-INT8_PACKED_TOKENS = 8
+INT8_PACKED_TOKENS = 24
 """The same for the int8 product, which falls behind sooner as it has no blocking over tokens."""
 
 _library = torch.library.Library("qlazy", "DEF")
