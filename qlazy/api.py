@@ -130,7 +130,7 @@ def load_quantized(
         attn_implementation: As in transformers.
         strict: Whether missing and unexpected tensors are errors; False initializes the former and leaves out the latter.
         drop_page_cache: Give the file pages that the load brings in back to the kernel.
-        trust_remote_code: Run Python code from the model's folder.
+        trust_remote_code: Run Python code that lies in a local folder; none is downloaded.
         on_progress: Called a few times a second with a `Progress`.
     Returns:
         The model in evaluation mode, a `transformers.PreTrainedModel`, with its `LoadReport` as `qlazy_report`.
