@@ -30,10 +30,9 @@ CPU_BLOCK_ELEMENTS = 1 << 17
 GPU_BLOCK_ELEMENTS = 1 << 23
 """Weights quantized at a time elsewhere: enough to hide the launches, 96 MiB of buffers."""
 
-_Candidates = tuple[tuple[float, tuple[int, ...]], ...]
-_ASYMMETRIC_CANDIDATES: _Candidates = ((1.0, (0,)), (0.96, (0, -1)), (1.04, (0,)), (0.94, (0, -1)), (0.98, (0,)), (0.9, (-1,)))
-_SYMMETRIC_CANDIDATES: _Candidates = ((1.0, (0,)), (0.94, (0,)), (0.9, (0,)), (0.86, (0,)), (0.82, (0,)), (0.96, (0,)))
-"""Tried in this order: factors on the scale that spans the group, with the shifts of the zero; the first is plain rounding."""
+_ASYMMETRIC_FACTORS = (1.0, 0.92, 0.96, 1.06)
+_SYMMETRIC_FACTORS = (1.0, 0.8, 0.88, 0.96)
+"""Candidates, tried in this order, as factors on the scale that spans the group; the first of each is plain rounding."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,9 @@ def quantize_int4(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Four-bit codes with the scale, and where asymmetric the integer zero, of least squared error among the candidates.
 
-    The first candidate is plain rounding (the scale that spans minimum and maximum); the others shrink or stretch that scale and
-    move the zero. Scales are rounded to `scale_dtype` before the codes are chosen, so what is stored is what was judged.
+    The first candidate is plain rounding (the scale that spans minimum and maximum); the others shrink or stretch that scale
+    about the middle of the range. The best is refitted to its codes by least squares. Scales are rounded to `scale_dtype`
+    before codes are chosen, so what is stored is what was judged.
 
     Args:
         weight_NK: Shape (N, K), bfloat16, float16 or float32, any device.
@@ -254,37 +254,55 @@ def _search(
     weight: Tensor, rounded: Tensor, error: Tensor, *, symmetric: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero, float32 (count,), of least squared error over the planes of `weight`; the other two are working space."""
+    scales, zeros = _candidates(weight, symmetric=symmetric, scale_dtype=scale_dtype)
+    inverses, lows, highs = scales.reciprocal(), -zeros, 15.0 - zeros
+    scale, zero = scales[0], zeros[0]
+    least = loss = torch.empty(0)
+    for index in range(scales.shape[0]):
+        # The error in units of the scale: clamp(round(w/s), -zero, 15 - zero) - w/s.
+        torch.mul(weight, inverses[index], out=rounded)
+        torch.round(rounded, out=error)
+        error.clamp_(lows[index], highs[index]).sub_(rounded).square_()
+        loss = _tree_sum(error).mul(scales[index]).mul_(scales[index])
+        if index == 0:
+            least = loss
+            continue
+        better = loss < least
+        scale = torch.where(better, scales[index], scale)
+        zero = torch.where(better, zeros[index], zero)
+        least = torch.where(better, loss, least)
+    return _refit(weight, rounded, error, scale, zero, scale_dtype), zero
+
+
+def _candidates(weight: Tensor, *, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales as they would be stored and zeros to try, float32 (candidates, count)."""
     high, low = weight.amax(0), weight.amin(0)
     if symmetric:
-        span = torch.maximum(high, -low)
-        widest, candidates = span / 7.0, _SYMMETRIC_CANDIDATES
-    else:
-        # Zero has to be a code, so the range always takes in 0.
-        low.clamp_(max=0.0)
-        span = high.clamp_(min=0.0).sub_(low)
-        widest, candidates = span / 15.0, _ASYMMETRIC_CANDIDATES
-    best_scale = best_zero = least = torch.empty(0)
-    for factor, shifts in candidates:
-        scale = _round_scale(widest * factor, span, scale_dtype)
-        inverse = scale.reciprocal()
-        torch.mul(weight, inverse, out=rounded)
-        for shift in shifts:
-            if symmetric:
-                zero = torch.full_like(scale, 8.0)
-            else:
-                zero = low.mul(inverse).neg_().round_().add_(shift).clamp_(0, 15)
-            # Error in units of the scale: clamp(round(w/s), -zero, 15-zero) - w/s.
-            torch.round(rounded, out=error)
-            error.clamp_(-zero, 15.0 - zero).sub_(rounded).square_()
-            loss = _tree_sum(error).mul_(scale).mul_(scale)
-            if least.numel() != loss.numel():
-                best_scale, best_zero, least = scale, zero, loss
-                continue
-            better = loss < least
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-            least = torch.where(better, loss, least)
-    return best_scale, best_zero
+        span = torch.maximum(high, low.neg_())
+        factors = torch.tensor(_SYMMETRIC_FACTORS, device=weight.device).unsqueeze(1)
+        scales = _round_scale(span / 7.0 * factors, span, scale_dtype)
+        return scales, torch.full_like(scales, 8.0)
+    # Zero has to be a code, so the range always takes in 0.
+    low.clamp_(max=0.0)
+    high.clamp_(min=0.0)
+    span = high - low
+    factors = torch.tensor(_ASYMMETRIC_FACTORS, device=weight.device).unsqueeze(1)
+    scales = _round_scale(span / 15.0 * factors, span, scale_dtype)
+    # Plain rounding puts the lowest weight on code 0; the others put the middle of the range on the middle of the codes.
+    zeros = (high + low).mul_(0.5).div(scales).neg_().add_(7.5)
+    torch.div(low, scales[0], out=zeros[0]).neg_()
+    return scales, zeros.round_().clamp_(0, 15)
+
+
+def _refit(weight: Tensor, q: Tensor, product: Tensor, scale: Tensor, zero: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """The scale that fits the codes best, sum(w * q) / sum(q * q): no worse with them, better still with codes chosen anew."""
+    torch.mul(weight, scale.reciprocal(), out=q)
+    q.round_().clamp_(-zero, 15.0 - zero)
+    torch.mul(weight, q, out=product)
+    along = _tree_sum(product).clone()
+    square = _tree_sum(q.square_())
+    # Where every code is the zero, or one is NaN, there is nothing to fit.
+    return torch.where(square > 0, _round_scale(along / square, square, scale_dtype), scale)
 
 
 def _tree_sum(planes: Tensor) -> Tensor:

@@ -1,0 +1,217 @@
+"""What each format costs in quality: KL divergence from the 16-bit model, at bits per weight counted to the byte.
+
+    python benchmarks/quality.py [--seed 7] [--only int4-g32-asym nf4] [--json FILE]
+
+The model is the demo model with its channels shuffled (`shuffle_channels.py` says why), its weights rounded to bfloat16.
+Every row replaces the weight of each Linear layer (the head is kept) by what the format makes of it, rounded to bfloat16;
+everything is computed in float32, the reference too. The text is `text.txt`, in windows of 512 tokens. KL is the mean over
+predicted tokens in nats with its standard error; the difference to NF4 is paired token by token, which takes most of the noise
+out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+from shuffle_channels import save_shuffled_demo
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlazy.formats import Codebook4, Format, Int4, Int8
+from qlazy.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+
+TEXT = Path(__file__).with_name("text.txt")
+WINDOW_TOKENS = 512
+BASELINE = "nf4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    """Format, and how its codes were chosen."""
+    bits_per_weight: float
+    """Stored bits of all Linear weights, scales and zeros included, over their number."""
+    kl: float
+    """Mean of KL(16-bit || quantized) over the predicted tokens, in nats."""
+    kl_error: float
+    """Standard error of that mean."""
+    less_than_baseline: float
+    """Mean of the paired difference KL(NF4) - KL(this)."""
+    less_than_baseline_error: float
+    """Standard error of that difference."""
+    perplexity: float
+    """Of the text."""
+    same_top: float
+    """Share of tokens for which the most likely next token is the 16-bit model's."""
+    squared_error: float
+    """Sum of squared weight errors over the sum of squared weights."""
+    quantize_seconds: float
+    """Time to quantize and dequantize all weights."""
+
+
+def methods() -> dict[str, tuple[Format, Callable[[Tensor, Any], Tensor]]]:
+    """Format and quantize-dequantize function of every row, by the row's name; NF4 comes first."""
+    rows: dict[str, tuple[Format, Callable[[Tensor, Any], Tensor]]] = {
+        BASELINE: (Codebook4(kind="nf4", double_quant=False), _bitsandbytes),
+        "nf4-dq": (Codebook4(kind="nf4", double_quant=True), _bitsandbytes),
+        "fp4": (Codebook4(kind="fp4", double_quant=False), _bitsandbytes),
+    }
+    for symmetric in (True, False):
+        for group_size in (32, 64, 128):
+            fmt = Int4(group_size=group_size, symmetric=symmetric)
+            rows[f"{fmt.name} plain rounding"] = (fmt, _plain_int4)
+            rows[fmt.name] = (fmt, _searched_int4)
+    for group_size in (-1, 128, 64):
+        rows[Int8(group_size=group_size).name] = (Int8(group_size=group_size), _int8)
+    return rows
+
+
+@torch.no_grad()
+def measure(folder: Path, names: list[str]) -> Iterator[Row]:
+    """Yield one row for each name.
+
+    Args:
+        folder: Shuffled model in bfloat16 with its tokenizer.
+        names: Rows of `methods()`; the baseline has to come first.
+
+    Yields:
+        Rows in the order of `names`.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(TEXT.read_text())["input_ids"])
+    windows = [window for window in tokens.split(WINDOW_TOKENS) if len(window) > 1]
+    targets = torch.cat([window[1:] for window in windows])
+    head = model.get_output_embeddings()
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    weights = {n: m.weight.to(torch.bfloat16) for n, m in linears.items()}
+    elements = sum(w.numel() for w in weights.values())
+    reference = [_log_probabilities(model, window).to(torch.float32) for window in windows]
+    top = torch.cat([r.argmax(-1) for r in reference])
+    perplexity = _perplexity(torch.cat([_of_target(r, w) for r, w in zip(reference, windows, strict=True)]))
+    print(f"{len(targets)} predicted tokens; 16-bit perplexity {perplexity:.3f}; {elements:,} weights", flush=True)
+
+    baseline: Tensor | None = None
+    for name in names:
+        fmt, roundtrip = methods()[name]
+        nbytes, squares, total, start = 0, 0.0, 0.0, time.perf_counter()
+        for key, weight in weights.items():
+            used = fmt.for_columns(weight.shape[1])
+            linears[key].weight.copy_(roundtrip(weight, used))
+            nbytes += sum(s.nbytes for s in used.storage(*weight.shape, "bfloat16").values())
+        seconds = time.perf_counter() - start
+        for key, weight in weights.items():
+            squares += float((linears[key].weight - weight).square().sum())
+            total += float(weight.to(torch.float32).square().sum())
+        divergences, likelihoods, tops = [], [], []
+        for window, expected in zip(windows, reference, strict=True):
+            got = _log_probabilities(model, window)
+            divergences.append((expected.exp() * (expected - got)).sum(-1))
+            likelihoods.append(_of_target(got, window))
+            tops.append(got.argmax(-1))
+        kl = torch.cat(divergences)
+        baseline = kl if baseline is None else baseline
+        yield Row(
+            name=name,
+            bits_per_weight=nbytes * 8 / elements,
+            kl=float(kl.mean()),
+            kl_error=_standard_error(kl),
+            less_than_baseline=float((baseline - kl).mean()),
+            less_than_baseline_error=_standard_error(baseline - kl),
+            perplexity=_perplexity(torch.cat(likelihoods)),
+            same_top=float((torch.cat(tops) == top).float().mean()),
+            squared_error=squares / total,
+            quantize_seconds=seconds,
+        )
+
+
+def _log_probabilities(model: Any, window: Tensor) -> Tensor:
+    logits: Tensor = model(window.unsqueeze(0)).logits[0, :-1]
+    return logits.log_softmax(-1)
+
+
+def _of_target(log_probabilities: Tensor, window: Tensor) -> Tensor:
+    return log_probabilities.gather(1, window[1:].unsqueeze(1)).squeeze(1)
+
+
+def _perplexity(likelihoods: Tensor) -> float:
+    return float(likelihoods.mean().neg().exp())
+
+
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / len(values) ** 0.5)
+
+
+def _bitsandbytes(weight: Tensor, fmt: Codebook4) -> Tensor:
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=fmt.kind, compress_statistics=fmt.double_quant)
+    return bnb.dequantize_4bit(codes, state)
+
+
+def _searched_int4(weight: Tensor, fmt: Int4) -> Tensor:
+    codes, scale, zero = quantize_int4(weight, group_size=fmt.group_size, symmetric=fmt.symmetric, scale_dtype=torch.bfloat16)
+    return dequantize_int4(codes, scale, zero, torch.bfloat16)
+
+
+def _plain_int4(weight: Tensor, fmt: Int4) -> Tensor:
+    """Minimum and maximum on the outermost codes, everything rounded to nearest: what the search has to beat."""
+    rows, columns = weight.shape
+    grouped = weight.to(torch.float32).view(rows, -1, columns if fmt.group_size == -1 else fmt.group_size)
+    if fmt.symmetric:
+        scale = (grouped.abs().amax(2) / 7).to(torch.bfloat16)
+        zero = torch.full_like(scale, 8).to(torch.uint8)
+    else:
+        low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+        scale = ((high - low) / 15).to(torch.bfloat16)
+        zero = (-low / scale.to(torch.float32)).round().clamp(0, 15).to(torch.uint8)
+    codes = (grouped / scale.to(torch.float32).unsqueeze(2)).round() + zero.unsqueeze(2)
+    return dequantize_int4(
+        codes.clamp(0, 15).to(torch.uint8).view(rows, columns), scale, None if fmt.symmetric else zero, torch.bfloat16
+    )
+
+
+def _int8(weight: Tensor, fmt: Int8) -> Tensor:
+    q, scale = quantize_int8(weight, group_size=fmt.group_size, scale_dtype=torch.bfloat16)
+    return dequantize_int8(q, scale, torch.bfloat16)
+
+
+def main() -> None:
+    """Print the table in Markdown, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(
+        description="KL divergence and bits per weight of every format on the shuffled demo model."
+    )
+    parser.add_argument("--seed", type=int, default=7, help="seed of the channel shuffle")
+    parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "qlazy" / "benchmarks")
+    parser.add_argument("--only", nargs="+", choices=list(methods()), help="rows to measure; nf4 is always measured")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    arguments = parser.parse_args()
+    names = [name for name in methods() if not arguments.only or name in arguments.only or name == BASELINE]
+    folder = save_shuffled_demo(arguments.cache_dir / f"demo-shuffled-{arguments.seed}", seed=arguments.seed)
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    rows = []
+    for row in measure(folder, names):
+        if not rows:
+            print("\n| Format | Bits per weight | KL, nats | Below NF4 by | Perplexity | Same top | Squared error |")
+            print("|---|---|---|---|---|---|---|")
+        rows.append(row)
+        print(
+            f"| {row.name} | {row.bits_per_weight:.3f} | {row.kl:.4f} ± {row.kl_error:.4f} "
+            f"| {row.less_than_baseline:+.4f} ± {row.less_than_baseline_error:.4f} | {row.perplexity:.2f} "
+            f"| {row.same_top:.1%} | {row.squared_error:.3e} |",
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
