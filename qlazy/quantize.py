@@ -194,7 +194,9 @@ def pack_int4(codes_NK: Tensor) -> Tensor:
     short = -codes_NK.shape[1] % 8
     codes = torch.nn.functional.pad(codes_NK, (0, short)) if short else codes_NK
     # Little-endian bytes of the word: byte b holds k=8p+2b in its low half and k=8p+2b+1 in its high half.
-    return (codes[:, 1::2] << 4).bitwise_or_(codes[:, 0::2]).view(torch.int32)
+    pairs = (codes[:, 1::2] << 4).bitwise_or_(codes[:, 0::2])
+    # Flat first: a single row may have any stride, and a view of another width minds it.
+    return pairs.reshape(-1).view(torch.int32).view(pairs.shape[0], pairs.shape[1] // 4)
 
 
 def unpack_int4(packed_NP: Tensor, columns: int) -> Tensor:
