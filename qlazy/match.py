@@ -90,8 +90,10 @@ def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True
     filled = {target for fill in fills for target in fill.targets}
     missing = sorted(set(state) - filled - _tied(model, filled))
     missing, ignored_missing = _split(missing, model._keys_to_ignore_on_load_missing)
-    # Older checkpoints hold buffers that models now compute; transformers passes over both kinds.
-    computed = {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    # Older checkpoints hold buffers that models now compute; transformers passes over both kinds where the model has them.
+    buffers = [name for name, _ in model.named_buffers()]
+    old = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+    computed = {pattern for end, pattern in old.items() if any(name.endswith(end) for name in buffers)}
     unexpected, ignored = _split(leftover, computed | set(model._keys_to_ignore_on_load_unexpected or ()))
     if strict and missing:
         raise IncompleteCheckpoint(
@@ -194,14 +196,15 @@ def _match_gguf(model: PreTrainedModel, source: Source, state: dict[str, Tensor]
     fills, leftover = [], []
     for key, info in source.tensors.items():
         target = names.get(key)
-        if target is None or target not in state:
-            leftover.append(key)
-            continue
-        if len(info.shape) > 2:
+        known = target is not None and target in state
+        if len(info.shape) > 2 and (known or "_exps" in key):
             raise UnsupportedModel(
                 f"{info.path.name}: {key!r} has {len(info.shape)} dimensions; fused experts in GGUF files are not read.",
                 hint="Use the model's safetensors files.",
             )
+        if target is None or not known:
+            leftover.append(key)
+            continue
 
         def convert(tensors: list[Tensor], key: str = key, target: str = target) -> dict[str, Tensor]:
             made = processor.process(
@@ -238,7 +241,13 @@ def _gguf_names(model: PreTrainedModel, processor: Any, arch: str, state: dict[s
             if gguf_name is not None:
                 names[f"{gguf_name}.{leaf}" if leaf in ("weight", "bias") else gguf_name] = name
     if len(names) < len(state):
-        walked: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+        try:
+            walked: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+        except NotImplementedError as error:
+            raise UnsupportedModel(
+                f"The installed gguf package does not know the tensor names of model type {arch!r}.",
+                hint="Update gguf, or use the model's safetensors files.",
+            ) from error
         names = walked | names
     return names
 
