@@ -1,0 +1,228 @@
+"""Low-bit layers: filled in any order, read back bit for bit, copied, pickled, and with a gradient for what is below them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random as shuffling
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from qlazy import codebook
+from qlazy.formats import Codebook4, Format, Int4, Int8, Layout, packed_nbytes
+from qlazy.layers import LAYERS, NonFiniteError, QuantLinear, require_finite
+from qlazy.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+
+FORMATS: list[Format] = [
+    Int4(group_size=32),
+    Int4(group_size=128, symmetric=True),
+    Int4(group_size=-1),
+    Int8(),
+    Int8(group_size=64),
+    Codebook4(kind="nf4", double_quant=True),
+    Codebook4(kind="fp4", double_quant=False),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+ROWS, COLUMNS = 320, 256
+
+each_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the workers of a load; short parallel regions are slow on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weight_of(rows: int = ROWS, columns: int = COLUMNS, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.05).to(dtype)
+
+
+def empty(fmt: Format, rows: int = ROWS, columns: int = COLUMNS, *, dtype=torch.bfloat16, device="cpu", bias=None, **more):
+    fmt = fmt.for_columns(columns)
+    return LAYERS[type(fmt)](columns, rows, format=fmt, dtype=dtype, device=device, bias=bias, **more)
+
+
+def filled(fmt: Format, weight: Tensor | None = None, **more) -> QuantLinear:
+    weight = weight_of() if weight is None else weight
+    layer = empty(fmt, *weight.shape, **more)
+    layer.allocate("cpu")
+    layer.fill(weight)
+    return layer
+
+
+def expected(fmt: Format, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Quantized and dequantized by the reference, in float32."""
+    rows, columns = weight.shape
+    fmt = fmt.for_columns(columns)
+    if isinstance(fmt, Int4):
+        made = quantize_int4(weight, group_size=fmt.group_size, symmetric=fmt.symmetric, scale_dtype=dtype)
+        return dequantize_int4(*made, torch.float32)
+    if isinstance(fmt, Int8):
+        return dequantize_int8(*quantize_int8(weight, group_size=fmt.group_size, scale_dtype=dtype), torch.float32)
+    packed, absmax = torch.empty(-(-weight.numel() // 2), dtype=torch.uint8), torch.empty(-(-weight.numel() // 64))
+    codebook.quantize_blocks(weight, fmt.kind, packed_out=packed, absmax_out=absmax)
+    if fmt.double_quant:
+        absmax = codebook.unnest_absmax(*codebook.nest_absmax(absmax))
+    return codebook.dequantize_blocks(packed, absmax, fmt.kind, torch.float32, 0, weight.numel()).view(rows, columns)
+
+
+def same(one: QuantLinear, other: QuantLinear) -> bool:
+    return all(torch.equal(getattr(one, key), getattr(other, key)) for key in one.storage)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(ROWS, COLUMNS), (72, 100)], ids=str)
+@each_format
+def test_logical_layout_reads_back_bit_for_bit(fmt, shape, dtype):
+    weight = weight_of(*shape, dtype=dtype)
+    layer = filled(fmt, weight, dtype=dtype, device="cuda:0")
+    assert layer.layout is Layout.LOGICAL
+    assert torch.equal(layer.weight, expected(fmt, weight, dtype).to(dtype))
+    assert layer.weight.dtype == dtype and layer.weight.shape == shape
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if isinstance(f, Int4)], ids=lambda fmt: fmt.name)
+def test_cpu_layout_differs_from_the_logical_one_by_rounding_of_its_offset(fmt):
+    layer = filled(fmt)
+    assert layer.layout is Layout.CPU_INT4
+    exact = expected(fmt, weight_of(), torch.bfloat16)
+    offset = layer.weight_scale[..., 1].float().abs().T.repeat_interleave(COLUMNS // layer.weight_scale.shape[0], 1)
+    # bfloat16 keeps 8 bits: half a unit of the offset, and half a unit of the result, which the first may have moved.
+    half = 2.0**-8
+    assert ((layer.weight.float() - exact).abs() <= half * offset + half * (exact.abs() + half * offset)).all()
+    if layer.format.symmetric:
+        assert torch.equal(layer.weight, exact.bfloat16())
+
+
+@each_format
+def test_rows_in_any_order_from_many_threads_give_the_same_bytes(fmt):
+    whole, pieces = filled(fmt), empty(fmt)
+    pieces.allocate("cpu")
+    starts = list(range(0, ROWS, 64))
+    shuffling.Random(1).shuffle(starts)
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda start: pieces.fill_rows(start, weight_of()[start : start + 64]), starts))
+    assert sum(done) == 1, "the last one, whichever it is, completes the layer"
+    assert same(whole, pieces)
+
+
+@each_format
+def test_fill_cuts_large_weights_into_pieces(fmt, monkeypatch):
+    whole = filled(fmt)
+    monkeypatch.setattr("qlazy.layers.QUANTIZED_ELEMENTS", 64 * COLUMNS)
+    calls = []
+    layer = empty(fmt)
+    layer.allocate("cpu")
+    fill_rows = layer.fill_rows
+    monkeypatch.setattr(layer, "fill_rows", lambda start, weight: calls.append(start) or fill_rows(start, weight))
+    layer.fill(weight_of())
+    assert calls == [0, 64, 128, 192, 256]
+    assert same(whole, layer)
+
+
+@each_format
+def test_transposed_checkpoints(fmt):
+    layer = empty(fmt, transposed=True)
+    layer.allocate("cpu")
+    layer.fill(weight_of().t().contiguous())
+    assert same(filled(fmt), layer)
+
+
+@each_format
+def test_takes_no_storage_until_told_and_then_what_the_format_says(fmt):
+    for device in ("cpu", "cuda:0"):
+        layer = empty(fmt, device=device)
+        assert all(getattr(layer, key).is_meta for key in layer.storage)
+        layer.allocate("cpu")
+        taken = sum(b.untyped_storage().nbytes() for b in layer.buffers())
+        assert taken == packed_nbytes(fmt.for_columns(COLUMNS), ROWS, COLUMNS, "bfloat16", device)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [(0, 0), (100, 77), (ROWS - 1, COLUMNS - 1)], ids=str)
+@each_format
+def test_one_bad_weight_is_enough(fmt, place, value):
+    weight = weight_of()
+    weight[place] = value
+    with pytest.raises(NonFiniteError):
+        filled(fmt, weight)
+
+
+@each_format
+def test_a_weight_of_zeros_is_sound(fmt):
+    layer = filled(fmt, torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16))
+    assert torch.equal(layer.weight, torch.zeros_like(layer.weight))
+
+
+def test_finite_is_told_from_infinite_where_the_difference_overflows():
+    largest = torch.finfo(torch.bfloat16).max
+    require_finite(torch.tensor([largest, -largest], dtype=torch.bfloat16))
+    require_finite(torch.empty(0))
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(NonFiniteError):
+            require_finite(torch.tensor([0.0, value, 1.0]))
+
+
+@pytest.mark.parametrize("tokens", [3, 120])
+@each_format
+def test_gradient_for_x_is_that_of_the_dequantized_weight(fmt, tokens):
+    layer = filled(fmt)
+    x = torch.randn(2, tokens, COLUMNS, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    above = torch.randn(2, tokens, ROWS, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer(x).backward(above)
+    ours, x.grad = x.grad, None
+    linear(x, layer.weight).backward(above)
+    assert ours is not None and torch.equal(ours, x.grad)
+
+
+@each_format
+def test_forward_is_the_same_with_and_without_gradients(fmt):
+    layer, x = filled(fmt), torch.randn(3, COLUMNS).bfloat16()
+    with torch.no_grad():
+        quiet = layer(x)
+    assert torch.equal(layer(x.clone().requires_grad_()).detach(), quiet)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"])
+@each_format
+def test_a_copy_is_a_layer_of_its_own(fmt, copied):
+    bias = nn.Parameter(torch.randn(ROWS).bfloat16(), requires_grad=False)
+    layer = filled(fmt, bias=bias)
+    x = torch.randn(3, COLUMNS).bfloat16()
+    twin = copied(layer)
+    assert torch.equal(twin(x), layer(x))
+    before = layer.weight
+    twin.allocate("cpu")
+    twin.fill(weight_of() * 2)
+    assert torch.equal(layer.weight, before), "the copy shares no storage"
+    assert not torch.equal(twin.weight, before)
+
+
+@each_format
+def test_state_dict_holds_packed_tensors_only_and_goes_back(fmt):
+    layer = filled(fmt)
+    state = layer.state_dict()
+    assert set(state) == set(layer.storage)
+    other = empty(fmt)
+    other.allocate("cpu")
+    other.load_state_dict(state)
+    assert same(layer, other)
+
+
+@each_format
+def test_is_no_linear_and_says_what_it_is(fmt):
+    layer = filled(fmt)
+    assert not isinstance(layer, nn.Linear)
+    assert layer.extra_repr() == f"256, 320, format={layer.format.name}, bias=False"
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert torch.equal(layer.weight, layer.dequantize())
+    assert torch.equal(layer.dequantize(torch.float32).bfloat16(), layer.weight)

@@ -1,0 +1,328 @@
+"""The read: everything exactly once, whatever the number of workers; errors reach the caller; nothing is left behind."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qlazy import stream as stream_module
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
+from qlazy.match import Fill
+from qlazy.plan import CHUNK_BYTES, RING_BYTES
+from qlazy.source import TensorInfo
+from qlazy.stream import Chunk, Stream, decode, plan_chunks, slot_bytes, worker_count
+
+DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Every test ends with the threads, files and torch threads that it began with."""
+    torch_threads, descriptors = torch.get_num_threads(), len(os.listdir("/proc/self/fd"))
+    yield
+    assert [t.name for t in threading.enumerate() if t.name.startswith("qlazy-load")] == []
+    assert torch.get_num_threads() == torch_threads
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+
+class Folder:
+    """Files of tensors, written one after the other with a gap between them, as a checkpoint has its header."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Tensor] = {}
+        self.fills: list[Fill] = []
+
+    def add(self, name: str, tensor: Tensor, *, file: str = "a.bin", **options) -> Fill:
+        path = self.path / file
+        with path.open("ab") as out:
+            out.write(b"\0" * 24)
+            offset = out.tell()
+            out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        self.values[name] = tensor
+        info = TensorInfo(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=DTYPES[tensor.dtype],
+            path=path,
+            offset=offset,
+            nbytes=tensor.numel() * tensor.element_size(),
+        )
+        fill = Fill(sources=(info,), targets=(name,), **options)
+        self.fills.append(fill)
+        return fill
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def collect(fills: list[Fill], workers: int, **options) -> tuple[dict[str, Tensor], Stream]:
+    """What a read brings, row by row, each counted."""
+    made: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    lock = threading.Lock()
+
+    def place(chunk: Chunk, tensors: list[Tensor]) -> None:
+        if chunk.fill.convert is not None:
+            with lock:
+                made.update({name: value.clone() for name, value in chunk.fill.convert(tensors).items()})
+            return
+        info = chunk.fill.sources[0]
+        with lock:
+            whole = made.setdefault(info.name, torch.zeros(info.shape, dtype=getattr(torch, info.dtype)))
+            count = seen.setdefault(info.name, torch.zeros(info.shape[0] if info.shape else 1, dtype=torch.int64))
+        if info.shape:
+            whole[chunk.start : chunk.stop] = tensors[0]
+        else:
+            whole.copy_(tensors[0])
+        count[chunk.start : chunk.stop] += 1
+
+    with Stream(tuple(fills), place, workers, **options) as stream:
+        for _ in stream:
+            pass
+    assert all(bool((count == 1).all()) for count in seen.values())
+    return made, stream
+
+
+def some_tensors(folder: Folder) -> None:
+    generator = torch.Generator().manual_seed(0)
+    folder.add("matrix", torch.randn(1000, 48, generator=generator).bfloat16())
+    folder.add("vector", torch.randn(777, generator=generator))
+    folder.add("scalar", torch.tensor(3.5), file="b.bin")
+    folder.add("cube", torch.randn(5, 7, 3, generator=generator).bfloat16(), file="b.bin")
+    folder.add("integers", torch.arange(100), file="b.bin")
+    folder.add("one row", torch.randn(1, 4096, generator=generator).bfloat16())
+    folder.add("nothing", torch.empty(0, 16).bfloat16(), file="b.bin")
+
+
+@pytest.mark.parametrize("drop_page_cache", [True, False])
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_every_byte_comes_once(folder, workers, drop_page_cache, monkeypatch):
+    monkeypatch.setattr(stream_module, "CHUNK_BYTES", 8192)
+    some_tensors(folder)
+    made, stream = collect(folder.fills, workers, drop_page_cache=drop_page_cache)
+    for name, value in folder.values.items():
+        assert torch.equal(made[name], value) and made[name].dtype == value.dtype, name
+    assert stream.bytes_done == sum(fill.nbytes for fill in folder.fills)
+
+
+def test_groups_that_are_converted_come_whole(folder):
+    first, second = folder.add("a", torch.ones(4, 4)), folder.add("b", torch.zeros(4, 4), file="b.bin")
+    both = Fill(
+        sources=first.sources + second.sources, targets=("ab",), convert=lambda tensors: {"ab": torch.cat([tensors[1], tensors[0]])}
+    )
+    made, stream = collect([both], 2)
+    assert torch.equal(made["ab"], torch.cat([torch.zeros(4, 4), torch.ones(4, 4)]))
+    assert stream.bytes_done == both.nbytes == 128
+
+
+shapes = st.one_of(
+    st.just(()),
+    st.tuples(st.integers(0, 3000)),
+    st.tuples(st.integers(0, 700), st.integers(0, 300)),
+    st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 20)),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(shapes, st.sampled_from(list(DTYPES.values()))), min_size=1, max_size=5),
+    limit=st.integers(1, 1 << 16),
+    block=st.sampled_from([64, 128, 192]),
+)
+def test_chunks_cover_everything_once_in_order_and_in_whole_blocks(shapes, limit, block):
+    fills = []
+    for number, (shape, dtype) in enumerate(shapes):
+        nbytes = torch.empty(shape, dtype=getattr(torch, dtype), device="meta").nbytes
+        info = TensorInfo(name=str(number), shape=shape, dtype=dtype, path=Path("x"), offset=0, nbytes=nbytes)
+        fills.append(Fill(sources=(info,), targets=(str(number),), row_block=block))
+    chunks = list(plan_chunks(tuple(fills), limit))
+    assert [c.fill.targets[0] for c in chunks] == sorted((c.fill.targets[0] for c in chunks), key=int)
+    for fill in fills:
+        info = fill.sources[0]
+        own = [c for c in chunks if c.fill is fill]
+        rows = info.shape[0] if info.shape else 1
+        assert [c.start for c in own] == [0, *(c.stop for c in own[:-1])] and own[-1].stop == rows
+        assert sum(c.nbytes for c in own) == info.nbytes
+        for chunk in own:
+            assert len(info.shape) < 2 or chunk.start % block == 0
+            least = info.nbytes // max(1, rows) * (min(rows, block) if len(info.shape) > 1 else 1)
+            assert chunk.nbytes <= max(limit, least)
+
+
+@settings(max_examples=100, deadline=None)
+@given(columns=st.integers(1, 1 << 21), rows=st.integers(1, 1 << 18))
+def test_the_ring_holds_its_bytes_where_64_rows_fit_in_half_of_it(columns, rows):
+    info = TensorInfo(name="w", shape=(rows, columns), dtype="bfloat16", path=Path("x"), offset=0, nbytes=2 * rows * columns)
+    fills = (Fill(sources=(info,), targets=("w",)),)
+    workers = worker_count(fills)
+    slot = slot_bytes(fills, workers)
+    assert workers >= 2
+    assert all(c.nbytes <= slot for c in plan_chunks(fills, slot)) if rows * columns < 1 << 24 else True
+    if 2 * columns * min(rows, 64) <= RING_BYTES // 2:
+        assert workers * slot <= RING_BYTES
+    assert slot <= max(CHUNK_BYTES, 128 * columns)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_error_of_a_worker_is_raised_to_the_caller(folder, workers, monkeypatch):
+    monkeypatch.setattr(stream_module, "CHUNK_BYTES", 8192)
+    some_tensors(folder)
+    placed = []
+
+    def place(chunk: Chunk, tensors: list[Tensor]) -> None:
+        placed.append(chunk)
+        if len(placed) == 3:
+            raise CorruptCheckpoint("the third")
+
+    with pytest.raises(CorruptCheckpoint, match="the third"), Stream(tuple(folder.fills), place, workers) as stream:
+        list(stream)
+    assert len(placed) < len(list(plan_chunks(tuple(folder.fills), 8192))), "the others stop as well"
+
+
+def test_file_cut_short_while_it_is_read(folder):
+    folder.add("first", torch.ones(64, 8))
+    folder.add("second", torch.ones(64, 8))
+    path = folder.path / "a.bin"
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(IncompleteCheckpoint) as caught:
+        collect(folder.fills, 2)
+    size = path.stat().st_size
+    assert "a.bin" in str(caught.value) and "'second'" in str(caught.value)
+    assert f"{size + 100:,}" in str(caught.value) and f"{size:,}" in str(caught.value)
+
+
+def test_file_gone_and_folder_in_its_place(folder):
+    folder.add("first", torch.ones(64, 8))
+    path = folder.path / "a.bin"
+    path.unlink()
+    with pytest.raises(IncompleteCheckpoint, match=r"a\.bin.*No such file"):
+        collect(folder.fills, 2)
+    path.mkdir()
+    with pytest.raises(IncompleteCheckpoint, match=r"a\.bin.*'first'.*Is a directory"):
+        collect(folder.fills, 2)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
+def test_interrupt_of_the_caller_stops_the_workers(folder, interrupt, monkeypatch):
+    monkeypatch.setattr(stream_module, "CHUNK_BYTES", 4096)
+    folder.add("matrix", torch.ones(6400, 32))
+    started, placed = threading.Event(), []
+
+    def place(chunk: Chunk, tensors: list[Tensor]) -> None:
+        placed.append(chunk)
+        started.wait(5)
+
+    torch_threads = torch.get_num_threads()
+    with pytest.raises(interrupt), Stream(tuple(folder.fills), place, 2) as stream:
+        for _ in stream:
+            started.set()
+            raise interrupt
+    assert len(placed) < 100, "most chunks were never taken up"
+    assert torch.get_num_threads() == torch_threads
+
+
+def test_leaving_early_is_no_error(folder):
+    some_tensors(folder)
+    with Stream(tuple(folder.fills), lambda chunk, tensors: None, 2) as stream:
+        next(iter(stream), None)
+
+
+def test_nothing_to_read():
+    made, stream = collect([], 2)
+    assert made == {} and stream.bytes_done == 0
+
+
+def test_decode_is_a_view():
+    data = torch.arange(32, dtype=torch.uint8)
+    info = TensorInfo(name="w", shape=(8, 2), dtype="bfloat16", path=Path("x"), offset=0, nbytes=32)
+    made = decode(data, info, 8)
+    assert made.data_ptr() == data.data_ptr() and made.shape == (8, 2) and made.dtype == torch.bfloat16
+
+
+def test_decode_of_gguf_blocks_is_that_of_gguf():
+    import gguf
+    import numpy as np
+
+    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    for kind in ("Q4_1", "Q8_0"):
+        packed = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+        info = TensorInfo(name="w", shape=(4, 64), dtype=kind, path=Path("x"), offset=0, nbytes=packed.nbytes)
+        made = decode(torch.from_numpy(packed.reshape(-1).copy()), info, 4)
+        assert np.array_equal(made.numpy(), gguf.dequantize(packed, gguf.GGMLQuantizationType[kind]))
+    unknown = TensorInfo(name="w", shape=(4, 64), dtype="Q9_9", path=Path("x.gguf"), offset=0, nbytes=8)
+    with pytest.raises(CorruptCheckpoint, match=r"x\.gguf: tensor 'w' has type Q9_9"):
+        decode(torch.zeros(8, dtype=torch.uint8), unknown, 4)
+
+
+PAGE = mmap.PAGESIZE
+
+
+def cached_pages(path: Path) -> int:
+    """Pages of a file in the page cache."""
+    done = subprocess.run(["fincore", "--bytes", "--noheadings", "--output", "PAGES", str(path)], capture_output=True, text=True)
+    return int(done.stdout)
+
+
+@pytest.fixture
+def cold(folder: Folder) -> Path:
+    """A file of 16 MiB of which the page cache holds nothing."""
+    if shutil.which("fincore") is None:
+        pytest.skip("needs fincore (util-linux) to look at the page cache")
+    folder.add("matrix", torch.randn(64 * 128, 512, generator=torch.Generator().manual_seed(0)))
+    path = folder.path / "a.bin"
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    if cached_pages(path) > 0:
+        pytest.skip("this file system keeps pages whatever fadvise says")
+    return path
+
+
+def test_pages_that_the_read_brought_in_are_given_back(folder, cold):
+    collect(folder.fills, 2, drop_page_cache=True)
+    # A page that two chunks share stays, as the kernel drops whole pages only.
+    chunks = len(list(plan_chunks(tuple(folder.fills), slot_bytes(tuple(folder.fills), 2))))
+    assert cached_pages(cold) <= 2 * chunks
+
+
+def test_pages_stay_where_that_is_not_asked_for(folder, cold):
+    collect(folder.fills, 2, drop_page_cache=False)
+    assert cached_pages(cold) >= cold.stat().st_size // PAGE
+
+
+def test_pages_that_were_there_before_stay(folder, cold):
+    half = cold.stat().st_size // 2
+    with cold.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        file.read(half)
+    before = cached_pages(cold)
+    assert half // PAGE <= before <= half // PAGE + 2
+    made, _ = collect(folder.fills, 2, drop_page_cache=True)
+    assert torch.equal(made["matrix"], folder.values["matrix"])
+    chunks = len(list(plan_chunks(tuple(folder.fills), slot_bytes(tuple(folder.fills), 2))))
+    assert before - 1 <= cached_pages(cold) <= before + 2 * chunks
+
+
+def test_a_system_without_unwaiting_reads_reads_all_the_same(folder, monkeypatch):
+    some_tensors(folder)
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    made, _ = collect(folder.fills, 2)
+    assert all(torch.equal(made[name], value) for name, value in folder.values.items())
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    made, _ = collect(folder.fills, 2)
+    assert all(torch.equal(made[name], value) for name, value in folder.values.items())
