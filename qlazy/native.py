@@ -1,7 +1,8 @@
 """The compiled twin of the quantizer's hot loop: made with the machine's own C compiler, used where there is one.
 
-The first quantization compiles `native.c` (about a second) into the cache folder, under a name that holds its hash, the compiler and
-the processor; later runs only open it. Without a compiler, or with `QLAZY_NATIVE=0`, the plain-torch quantizer gives the same bytes.
+The first quantization compiles `native.c` (about a second) into the cache folder, under a name that holds its hash, the
+compiler and the processor; later runs only open it. Without a compiler, or with `QLAZY_NATIVE=0`, the plain-torch quantizer
+gives the same bytes.
 """
 
 from __future__ import annotations

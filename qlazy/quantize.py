@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlazy import native
 from qlazy.errors import UsageError
 
 CPU_BLOCK_ELEMENTS = 1 << 17
@@ -79,6 +80,10 @@ def quantize_int4(
     """
     rows, columns = weight_NK.shape
     group = _group_columns(group_size, columns)
+    factors = _SYMMETRIC_FACTORS if symmetric else _ASYMMETRIC_FACTORS
+    compiled = native.quantize_int4(weight_NK, group_size=group, symmetric=symmetric, scale_dtype=scale_dtype, factors=factors)
+    if compiled is not None:
+        return compiled
     groups, device = columns // group, weight_NK.device
     codes_NK = torch.empty((rows, columns), dtype=torch.uint8, device=device)
     scale_NG = torch.empty((rows, groups), dtype=scale_dtype, device=device)
