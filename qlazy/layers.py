@@ -105,7 +105,7 @@ class QuantLinear(nn.Module):
 
         Memory: as `fill_rows`, plus a piece of a million elements where device or order differ.
         """
-        rows_first = weight.t() if self.transposed else weight
+        rows_first = (weight.t() if self.transposed else weight).detach()
         step = max(ROW_BLOCK, QUANTIZED_ELEMENTS // self.in_features // ROW_BLOCK * ROW_BLOCK)
         for first in range(0, rows_first.shape[0], step):
             piece = rows_first[first : first + step].to(self.weight_packed.device).contiguous()
