@@ -51,6 +51,8 @@ class Commands(TyperGroup):
             args: Words after `qlazy`; those of this process by default.
             prog_name: Name in help texts.
             **extra: What typer passes on.
+        Returns:
+            Never.
         """
         words = sys.argv[1:] if args is None else list(args)
         try:

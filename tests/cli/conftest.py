@@ -46,7 +46,13 @@ def qlazy():
         result = CliRunner().invoke(app, [str(a) for a in args], env=env, input=stdin)
         return Done(result.exit_code, result.stdout, result.stderr)
 
-    return run
+    yield run
+    # A command quietens transformers for the whole process.
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_warning()
+        logging.enable_progress_bar()
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -107,3 +110,42 @@ def test_ctrl_c_in_a_pipe_ends(monkeypatch):
     monkeypatch.setattr(sys, "stdin", Pipe())
     with pytest.raises(KeyboardInterrupt):
         chat.ask()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_conversation_on_a_terminal(environment, tiny, tmp_path):
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "qlazy", "chat", str(tiny), "--max-new-tokens", "2"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment | {"TERM": "dumb"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    ) as child:
+        os.close(theirs)
+        shown = ""
+
+        def until(words):
+            nonlocal shown
+            while words not in shown:
+                shown += os.read(ours, 65536).decode()
+            before, _, shown = shown.partition(words)
+            return before + words
+
+        try:
+            assert chat.HELP in until("> ")
+            os.write(ours, b"hello\n")
+            until("hello")
+            until("> ")
+            child.send_signal(signal.SIGINT)
+            assert chat.HELP in until("> ")
+            os.write(ours, b"\x04")
+            assert child.wait(30) == 0
+        finally:
+            child.kill()
+    os.close(ours)

