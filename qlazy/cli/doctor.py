@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,13 @@ VARIABLES = (
     "PYTORCH_ALLOC_CONF",
     "OMP_NUM_THREADS",
     "NO_COLOR",
+    "CC",
+    "XDG_CACHE_HOME",
+    "QLAZY_NATIVE",
     "QLAZY_DEBUG",
 )
-"""Environment variables that change what qlazy does; QLAZY_DEBUG=1 adds a traceback to errors."""
+"""Environment variables that change what qlazy does; QLAZY_NATIVE=0 quantizes without the C compiler, QLAZY_DEBUG=1 adds a
+traceback to errors."""
 
 SECRETS = ("HF_TOKEN",)
 """Variables whose values are never shown."""
@@ -66,6 +71,7 @@ def examine() -> dict[str, Any]:
         "executable": sys.executable,
         "packages": {name: version(name) for name in PACKAGES},
         "qlazy_kernels": kernels(),
+        "compiler": os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
         "cpu": {
             "name": cpu_info("model name"),
             "threads": os.cpu_count(),
@@ -204,6 +210,7 @@ def text(found: dict[str, Any]) -> str:
         ("platform", found["platform"]),
         *((name, number or "not installed") for name, number in found["packages"].items()),
         ("qlazy_kernels", found["qlazy_kernels"]),
+        ("c compiler", found["compiler"] or "none; quantizing takes longer"),
         ("cpu", f"{cpu['name'] or 'unknown'}, {cpu['usable_threads']} of {cpu['threads']} threads"),
         ("cpu features", " ".join(cpu["features"]) or "none that matter"),
         ("memory", f"{format_bytes(cpu['free_bytes'])} free of {format_bytes(cpu['total_bytes'])}"),

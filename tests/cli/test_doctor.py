@@ -26,7 +26,17 @@ def test_what_it_tells(qlazy):
 def test_text_names_all_of_it(qlazy):
     done = qlazy("doctor", env={"HF_TOKEN": "hf_secret", "QLAZY_DEBUG": ""})
     assert done.code == 0 and done.err == ""
-    for words in ("qlazy", "python", "torch", "bitsandbytes", "cpu features", "memory", "visible gpus", "CUDA_VISIBLE_DEVICES"):
+    for words in (
+        "qlazy",
+        "python",
+        "torch",
+        "bitsandbytes",
+        "cpu features",
+        "c compiler",
+        "memory",
+        "visible gpus",
+        "CUDA_VISIBLE_DEVICES",
+    ):
         assert words in done.out
 
 
