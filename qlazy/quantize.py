@@ -17,8 +17,6 @@ or infinite and with codes that mean nothing, so `scale.isfinite().all()` tells 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -34,23 +32,6 @@ GPU_BLOCK_ELEMENTS = 1 << 23
 _ASYMMETRIC_FACTORS = (1.0, 0.92, 0.96, 1.06)
 _SYMMETRIC_FACTORS = (1.0, 0.8, 0.88, 0.96)
 """Candidates, tried in this order, as factors on the scale that spans the group; the first of each is plain rounding."""
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    """Float32 working space of one block, made once a call and used for all of its blocks."""
-
-    weight: Tensor
-    rounded: Tensor
-    error: Tensor
-
-    @classmethod
-    def empty(cls, elements: int, device: torch.device) -> _Buffers:
-        return cls(*(torch.empty(elements, dtype=torch.float32, device=device) for _ in range(3)))
-
-    def planes(self, group: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        weight, rounded, error = (b[: group * count].view(group, count) for b in (self.weight, self.rounded, self.error))
-        return weight, rounded, error
 
 
 def quantize_int4(
@@ -89,11 +70,11 @@ def quantize_int4(
     scale_NG = torch.empty((rows, groups), dtype=scale_dtype, device=device)
     zero_NG = None if symmetric else torch.empty((rows, groups), dtype=torch.uint8, device=device)
     step = _block_rows(rows, columns, device)
-    buffers = _Buffers.empty(step * columns, device)
+    buffers = torch.empty((3, step * columns), dtype=torch.float32, device=device)
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         count = (block.stop - block.start) * groups
-        weight, rounded, error = buffers.planes(group, count)
+        weight, rounded, error = buffers[:, : group * count].view(3, group, count)
         weight.copy_(weight_NK[block].reshape(count, group).t())
         scale, zero = _search(weight, rounded, error, symmetric=symmetric, scale_dtype=scale_dtype)
         torch.mul(weight, scale.reciprocal(), out=rounded).round_().add_(zero).clamp_(0, 15)
