@@ -168,3 +168,32 @@ void qlazy_pack_int4_cpu(const uint8_t *codes, int64_t rows, int64_t columns, ui
         }
     }
 }
+
+/* `dequantize_int4_cpu_rows`: blocks of 64 rows in torch's AVX-512 order to bfloat16, transposed. `packed` and `scale` begin at the
+ * first row; `scale` holds (groups, all_rows, 2) bfloat16, scale and offset side by side. (code - 8) * scale is exact in float32. */
+void qlazy_unpack_int4_cpu(
+    const uint8_t *packed, const uint16_t *scale, int64_t rows, int64_t columns, int64_t groups, int64_t all_rows, uint16_t *out) {
+    const int64_t group = columns / groups;
+    for (int64_t block = 0; block < rows; block += 64) {
+        const uint8_t *in = packed + block * columns / 2;
+        for (int64_t g = 0; g < groups; g++) {
+            const uint16_t *both = scale + (g * all_rows + block) * 2;
+            float factor[64], offset[64];
+            for (int i = 0; i < 64; i++) factor[i] = load_bfloat16(both[2 * i]), offset[i] = load_bfloat16(both[2 * i + 1]);
+            for (int64_t k = g * group; k < (g + 1) * group; k++) {
+                uint16_t *row = out + k * rows + block;
+                float value[64];
+                for (int i = 0; i < 32; i++) {
+                    const int32_t byte = in[k * 32 + i];
+                    value[i] = offset[i] + (float)((byte & 15) - 8) * factor[i];
+                    value[i + 32] = offset[i + 32] + (float)((byte >> 4) - 8) * factor[i + 32];
+                }
+                for (int i = 0; i < 64; i++) { /* finite by construction: no NaN to keep apart */
+                    uint32_t bits;
+                    memcpy(&bits, &value[i], 4);
+                    row[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+                }
+            }
+        }
+    }
+}

@@ -42,6 +42,15 @@ class _Options(ctypes.Structure):
     )
 
 
+def available() -> bool:
+    """Whether the compiled loops run here; the first call compiles them.
+
+    Returns:
+        True where they do.
+    """
+    return _library() is not None
+
+
 def quantize_int4(
     weight_NK: Tensor, *, group_size: int, symmetric: bool, scale_dtype: torch.dtype, factors: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -102,6 +111,32 @@ def pack_int4_cpu(codes_NK: Tensor) -> Tensor | None:
     return packed
 
 
+def unpack_int4_cpu(packed: Tensor, scale: Tensor, start: int, stop: int) -> Tensor | None:
+    """Dequantize rows of a weight in torch's AVX-512 order.
+
+    Args:
+        packed: uint8 (N, K/2).
+        scale: bfloat16 (G, N, 2): scale, and (8 - zero) * scale.
+        start: First row, a multiple of 64.
+        stop: One past the last row, likewise.
+
+    Returns:
+        bfloat16 (K, stop - start), the transpose of the rows; None where there is no compiler.
+
+    Memory: the result.
+    """
+    library = _library()
+    if library is None or not (packed.is_contiguous() and scale.is_contiguous()):
+        return None
+    all_rows, columns = packed.shape[0], packed.shape[1] * 2
+    out = torch.empty((columns, stop - start), dtype=torch.bfloat16)
+    first_packed, first_scale = packed[start:], scale[0, start:]
+    library.qlazy_unpack_int4_cpu(
+        _pointer(first_packed), _pointer(first_scale), stop - start, columns, scale.shape[0], all_rows, _pointer(out)
+    )
+    return out
+
+
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
@@ -127,6 +162,8 @@ def _library() -> ctypes.CDLL | None:
     library.qlazy_quantize_int4.restype = None
     library.qlazy_pack_int4_cpu.argtypes = (pointer, int64, int64, pointer)
     library.qlazy_pack_int4_cpu.restype = None
+    library.qlazy_unpack_int4_cpu.argtypes = (pointer, pointer, int64, int64, int64, int64, pointer)
+    library.qlazy_unpack_int4_cpu.restype = None
     return library
 
 

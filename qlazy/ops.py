@@ -22,8 +22,11 @@ from qlazy.quantize import unpack_int4, unpack_zero_points
 BLOCK_ROWS = 256
 """Rows dequantized at a time: a multiple of 64, so that a block starts on a block of every layout."""
 
-INT4_PACKED_TOKENS = 96
+INT4_PACKED_TOKENS = 24
 """Up to this many tokens torch's int4 product is faster than dequantizing (measured on AVX-512, see docs/decisions)."""
+
+INT4_PACKED_TOKENS_PLAIN = 96
+"""The same where no compiled loop dequantizes."""
 
 INT8_PACKED_TOKENS = 24
 """The same for the int8 product, which falls behind sooner as it has no blocking over tokens."""
@@ -80,6 +83,10 @@ def dequantize_int4_cpu_rows(packed: Tensor, scale: Tensor, dtype: torch.dtype, 
     """
     rows, columns = stop - start, packed.shape[1] * 2
     width, order = cpu_int4_order()
+    if width == 64 and order == list(range(64)):
+        compiled = native.unpack_int4_cpu(packed, scale, start, stop)
+        if compiled is not None:
+            return compiled.to(dtype)
     blocks, groups = rows // width, scale.shape[0]
     nibbles = packed[start:stop].view(blocks, columns, width // 2)
     centred = torch.empty(blocks, columns, width, dtype=torch.bfloat16)
@@ -165,7 +172,8 @@ def _linear_int4(
 ) -> Tensor:
     x_MK = x.reshape(-1, in_features)
     rows = packed.shape[0]
-    if cpu_layout and x_MK.shape[0] <= INT4_PACKED_TOKENS:
+    few = INT4_PACKED_TOKENS if native.available() else INT4_PACKED_TOKENS_PLAIN
+    if cpu_layout and x_MK.shape[0] <= few:
         # Only bfloat16 is vectorised, and the op reads x with aligned loads; a fresh cast or copy is both.
         group_size = in_features // scale.shape[0]
         y_MN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(_aligned(x_MK), packed, group_size, scale)

@@ -88,3 +88,18 @@ def test_without_a_compiler_the_plain_quantizer_runs(monkeypatch: pytest.MonkeyP
     finally:
         native._library.cache_clear()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))  # type: ignore[arg-type]
+
+
+@compiled
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_unpacking_equals_the_plain_unpacking(group_size: int) -> None:
+    if ops.cpu_int4_order() != (64, list(range(64))):
+        pytest.skip("torch packs int4 in another order on this processor")
+    torch.manual_seed(0)
+    packed = torch.randint(0, 256, (192, 128), dtype=torch.uint8)
+    scale = torch.randn(256 // group_size, 192, 2).to(torch.bfloat16)
+    found = native.unpack_int4_cpu(packed, scale, 64, 192)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "unpack_int4_cpu", lambda *_: None)
+        expected = ops.dequantize_int4_cpu_rows(packed, scale, torch.bfloat16, 64, 192)
+    assert found is not None and torch.equal(found, expected)
