@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from qlazy.errors import IncompleteCheckpoint
 from qlazy.hf import attach_quantizer
+from qlazy.layers import QuantLinear
 from qlazy.match import Match
 from qlazy.place import Placer
 from qlazy.plan import Plan
@@ -69,10 +70,19 @@ def require_storage(model: nn.Module, model_id: str) -> None:
 
 def _initialize(model: PreTrainedModel, missing: set[str]) -> None:
     """Let transformers initialize what no file holds, and nothing else."""
+    # It does not know low-bit layers, so one that lacks its bias shows itself as a linear layer meanwhile.
+    swapped = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+    incomplete = {path: layer for path, layer in swapped.items() if f"{path}.bias" in missing}
+    for path, layer in incomplete.items():
+        stand_in = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        stand_in.bias = layer.bias
+        model.set_submodule(path, stand_in)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor._is_hf_initialized = name not in missing  # type: ignore[attr-defined]
     with torch.no_grad():
         model.initialize_weights()
+    for path, layer in incomplete.items():
+        model.set_submodule(path, layer)
 
 
 def _unfilled(model: PreTrainedModel, match: Match) -> set[str]:
