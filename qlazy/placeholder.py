@@ -32,7 +32,8 @@ def build_placeholder(
     Returns:
         The model, in evaluation mode.
     Raises:
-        UnsupportedModel: transformers has no such architecture, or the model needs code of its own and that is not allowed.
+        UnsupportedModel: transformers has no such architecture or cannot build it from this config, or the model needs code
+            of its own and that is not allowed.
 
     Memory: buffers, and a few KiB for each module.
     """
@@ -40,8 +41,15 @@ def build_placeholder(
     cls = _model_class(source, config, trust_remote_code)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     config.name_or_path = source.resolved
-    with no_init_weights(), no_tie_weights(), lazy_build(), torch.device("cpu"):
-        model: PreTrainedModel = cls._from_config(config, dtype=dtype, **options)
+    try:
+        with no_init_weights(), no_tie_weights(), lazy_build(), torch.device("cpu"):
+            model: PreTrainedModel = cls._from_config(config, dtype=dtype, **options)
+    except Exception as error:  # a model class as well
+        raise UnsupportedModel(
+            f"{source.model_id}: transformers {transformers.__version__} cannot build {cls.__name__} from its config: "
+            f"{_reason(error)}",
+            hint="Look at config.json and at the options that were given.",
+        ) from error
     _keep_in_float32(model, dtype)
     model.eval()
     return model
@@ -62,12 +70,11 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
     options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **options)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # a config class may fail in any way over values it does not expect
         kind = source.config.get("model_type")
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnsupportedModel(
             f"{source.model_id}: transformers {transformers.__version__} cannot read the config of model type "
-            f"{kind!r}: {first}",
+            f"{kind!r}: {_reason(error)}",
             hint="Update transformers, or pass trust_remote_code=True if the model brings code that you trust.",
         ) from error
     assert isinstance(config, PretrainedConfig)
@@ -109,3 +116,9 @@ def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
             owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             kept = torch.nn.Parameter(torch.empty_like(parameter, dtype=torch.float32), requires_grad=parameter.requires_grad)
             setattr(owner, leaf, kept)
+
+
+def _reason(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
