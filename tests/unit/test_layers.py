@@ -130,6 +130,11 @@ def test_fill_cuts_large_weights_into_pieces(fmt, monkeypatch):
 
 
 @each_format
+def test_a_weight_that_wants_a_gradient_is_quantized_all_the_same(fmt):
+    assert same(filled(fmt), filled(fmt, nn.Parameter(weight_of())))
+
+
+@each_format
 def test_transposed_checkpoints(fmt):
     layer = empty(fmt, transposed=True)
     layer.allocate("cpu")

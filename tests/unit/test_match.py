@@ -148,15 +148,17 @@ def test_what_transformers_ignores_is_only_reported(llama):
 
 
 def test_it_ignores_them_only_where_the_model_has_such_a_buffer(llama, bert):
-    with pytest.raises(CorruptCheckpoint, match="'embeddings.position_ids'"):
+    with pytest.raises(CorruptCheckpoint, match=r"'embeddings\.position_ids'"):
         match_tensors(llama, source_of(shapes_of(llama) | {"embeddings.position_ids": (1, 8)}))
-    with pytest.raises(CorruptCheckpoint, match="'bert.rotary_emb.inv_freq'"):
+    with pytest.raises(CorruptCheckpoint, match=r"'bert\.rotary_emb\.inv_freq'"):
         match_tensors(bert, source_of(shapes_of(bert) | {"bert.rotary_emb.inv_freq": (4,)}))
     old = {"bert.embeddings.position_ids": (1, 8)}
     assert match_tensors(bert, source_of(shapes_of(bert) | old)).unexpected == tuple(old)
 
 
-@pytest.mark.parametrize("held", [{"model.embed_tokens.weight"}, {"lm_head.weight"}, {"model.embed_tokens.weight", "lm_head.weight"}])
+@pytest.mark.parametrize(
+    "held", [{"model.embed_tokens.weight"}, {"lm_head.weight"}, {"model.embed_tokens.weight", "lm_head.weight"}]
+)
 def test_either_end_of_a_tie_is_enough(tied, held):
     ends = {"model.embed_tokens.weight", "lm_head.weight"}
     shapes = {name: shape for name, shape in shapes_of(tied).items() if name not in ends - held}

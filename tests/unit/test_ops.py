@@ -44,7 +44,13 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> T
 
 
 def layer_of(
-    fmt: Format, rows: int = 128, columns: int = 256, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", bias: bool = False
+    fmt: Format,
+    rows: int = 128,
+    columns: int = 256,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    bias: bool = False,
 ) -> QuantLinear:
     """A filled layer. `device` decides its layout, as when a plan names it; the storage is on the CPU all the same."""
     held = torch.nn.Parameter(random(rows, seed=2, dtype=dtype), requires_grad=False) if bias else None

@@ -122,7 +122,9 @@ def test_every_byte_comes_once(folder, workers, drop_page_cache, monkeypatch):
 def test_groups_that_are_converted_come_whole(folder):
     first, second = folder.add("a", torch.ones(4, 4)), folder.add("b", torch.zeros(4, 4), file="b.bin")
     both = Fill(
-        sources=first.sources + second.sources, targets=("ab",), convert=lambda tensors: {"ab": torch.cat([tensors[1], tensors[0]])}
+        sources=first.sources + second.sources,
+        targets=("ab",),
+        convert=lambda tensors: {"ab": torch.cat([tensors[1], tensors[0]])},
     )
     made, stream = collect([both], 2)
     assert torch.equal(made["ab"], torch.cat([torch.zeros(4, 4), torch.ones(4, 4)]))
@@ -273,7 +275,9 @@ PAGE = mmap.PAGESIZE
 
 def cached_pages(path: Path) -> int:
     """Pages of a file in the page cache."""
-    done = subprocess.run(["fincore", "--bytes", "--noheadings", "--output", "PAGES", str(path)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["fincore", "--bytes", "--noheadings", "--output", "PAGES", str(path)], capture_output=True, text=True
+    )
     return int(done.stdout)
 
 
