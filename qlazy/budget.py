@@ -48,30 +48,29 @@ def make_budget(
         The budget.
     Raises:
         DeviceUnavailable: a device that this machine does not have.
-        UsageError: a size without a unit, or a context that is not positive.
+        UsageError: a size without a unit or below zero, a context that is not positive, or an empty device map.
     """
     if max_model_len < 1:
         raise UsageError(f"max_model_len is {max_model_len}; it must be at least 1.", hint="Use --max-model-len 4096.")
-    limits = {
-        _device(key): value if isinstance(value, int) else parse_bytes(value) for key, value in (max_memory or {}).items()
-    }
+    limits = {_device(key): _size(f"max_memory[{key!r}]", value) for key, value in (max_memory or {}).items()}
     names = _devices(device_map, tuple(limits))
     if limits and isinstance(device_map, str) and device_map in ("auto", "cuda"):
         names = tuple(name for name in names if name in limits) or tuple(limits)
-    free = {name: memory.free_bytes(name) for name in dict.fromkeys([*names, "cpu"])}
-    for name, limit in limits.items():
-        if name in free:
-            free[name] = min(free[name], limit)
+    # Also those that are only limited: a limit for a device that is not there is a mistake worth hearing of.
+    free = {name: memory.free_bytes(name) for name in dict.fromkeys([*names, *limits, "cpu"])}
+    free = {name: min(nbytes, limits.get(name, nbytes)) for name, nbytes in free.items()}
     if reserve is None:
         reserve_bytes = DEFAULT_RESERVE // 4 if names == ("cpu",) else DEFAULT_RESERVE
     else:
-        reserve_bytes = reserve if isinstance(reserve, int) else parse_bytes(reserve)
+        reserve_bytes = _size("reserve", reserve)
     placed = None if isinstance(device_map, str) else {prefix: _device(d) for prefix, d in device_map.items()}
     return Budget(devices=names, free_bytes=free, reserve_bytes=reserve_bytes, max_model_len=max_model_len, device_map=placed)
 
 
 def _devices(device_map: str | Mapping[str, str], limited: tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(device_map, str):
+        if not device_map:
+            raise UsageError("The device map is empty.", hint='Use {"": "cuda:0"}, or "auto".')
         return tuple(dict.fromkeys(_device(d) for d in device_map.values()))
     if device_map == "auto":
         return tuple(memory.cuda_devices()) or ("cpu",)
@@ -81,6 +80,13 @@ def _devices(device_map: str | Mapping[str, str], limited: tuple[str, ...]) -> t
             raise DeviceUnavailable("There is no CUDA device on this machine.", hint="Use --device-map cpu.")
         return gpus
     return (_device(device_map),)
+
+
+def _size(what: str, value: str | int) -> int:
+    nbytes = value if isinstance(value, int) else parse_bytes(value)
+    if nbytes < 0:
+        raise UsageError(f"{what} is {nbytes}; it cannot be negative.", hint="Write a size such as 2GiB.")
+    return nbytes
 
 
 def _device(name: str | int) -> str:

@@ -12,7 +12,14 @@ import psutil
 
 from qlazy.errors import DeviceUnavailable
 
-CGROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+"""Where control groups are mounted."""
+
+CGROUP_OF_PROCESS = Path("/proc/self/cgroup")
+"""Which of them this process is in, as lines of `number:controllers:path`."""
+
+CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Limit and usage, in version 2 and version 1."""
 
 
 def free_bytes(device: str) -> int:
@@ -134,26 +141,40 @@ class Meter:
 
 
 def _cgroup_free() -> int:
-    """Bytes that the container's own limit leaves; its page cache counts as free, as the kernel reclaims it."""
-    for limit_file, usage_file in CGROUP_FILES:
-        try:
-            limit = Path("/sys/fs/cgroup", limit_file).read_text().strip()
-            usage = Path("/sys/fs/cgroup", usage_file).read_text().strip()
-        except OSError:
-            continue
-        if limit.isdigit() and usage.isdigit():
-            return max(0, int(limit) - int(usage) + _cgroup_cache())
-    return 1 << 62
+    """Bytes that the limits of the container or batch job leave; its page cache counts as free, as the kernel reclaims it."""
+    free = 1 << 62
+    for folder in _cgroup_folders():
+        for limit_file, usage_file in CGROUP_FILES:
+            try:
+                limit, usage = (folder / limit_file).read_text().strip(), (folder / usage_file).read_text().strip()
+            except OSError:
+                continue
+            if limit.isdigit() and usage.isdigit():
+                free = min(free, max(0, int(limit) - int(usage) + _cgroup_cache(folder)))
+    return free
 
 
-def _cgroup_cache() -> int:
-    for stat in ("memory.stat", "memory/memory.stat"):
-        try:
-            pairs = dict(line.split() for line in Path("/sys/fs/cgroup", stat).read_text().splitlines())
-        except (OSError, ValueError):
-            continue
+def _cgroup_folders() -> list[Path]:
+    """The control group of this process and all above it, as each of them limits it; in a container the roots alone."""
+    folders = [CGROUP_ROOT, CGROUP_ROOT / "memory"]
+    try:
+        lines = [line.split(":", 2) for line in CGROUP_OF_PROCESS.read_text().splitlines()]
+    except OSError:
+        return folders
+    for fields in lines:
+        if len(fields) == 3 and (fields[1] == "" or "memory" in fields[1].split(",")):
+            base = CGROUP_ROOT if fields[1] == "" else CGROUP_ROOT / "memory"
+            own = base / fields[2].lstrip("/")
+            folders += [folder for folder in (own, *own.parents) if base in folder.parents]
+    return folders
+
+
+def _cgroup_cache(folder: Path) -> int:
+    try:
+        pairs = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         return int(pairs.get("inactive_file", 0)) + int(pairs.get("active_file", 0))
-    return 0
+    except (OSError, ValueError):
+        return 0
 
 
 def _visible(found: list[tuple[str, Gpu]], setting: str | None) -> list[Gpu]:

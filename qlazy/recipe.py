@@ -16,7 +16,7 @@ from qlazy.formats import Codebook4, Format, Int4, Int8
 Kind = Literal["linear", "embedding", "head", "router", "experts", "listed", "other"]
 """What a tensor is to the recipe. Only `linear` is quantized; the rest stay in the model's dtype."""
 
-REASONS: dict[str, str] = {
+REASONS: dict[Kind, str] = {
     "embedding": "embedding",
     "head": "output head",
     "router": "router of a mixture of experts",
@@ -30,6 +30,8 @@ _EMBEDDING = re.compile(
     r"^(wte|wpe|word_emb|shared|embed.*|.*_embed|.*embed(ding)?s?|.*_emb|emb|token_embd|position_embd|.*relative_attention_bias)$"
 )
 _HEAD = re.compile(r"^(lm_head|embed_out|score|classifier|qa_outputs|proj_out|output|head|logits|decoder)$")
+_KEPT = dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), re.compile(r"\.wo$"))
+"""Linear layers that a family's class keeps in float32 (`_keep_in_fp32_modules`), by model type."""
 _ROUTER = re.compile(r"^(gate|router|shared_expert_gate|ffn_gate_inp.*)$")
 _BLOCK = re.compile(r"(^|\.)\d+\.")
 
@@ -119,7 +121,7 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(f".{name}.", f"*.{pattern}.*")
 
 
-def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
+def guess_kind(name: str, shape: tuple[int, ...], model_type: str = "") -> Kind:
     """What a checkpoint tensor is, told from its name and shape alone, as a plan without a model must.
 
     Where in doubt the answer is the one that needs more memory, so that a plan is never too small.
@@ -127,6 +129,7 @@ def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
     Args:
         name: Key in the checkpoint, in Hugging Face's or GGUF's naming.
         shape: Its shape.
+        model_type: The config's, where it is known: some families keep layers in float32.
     Returns:
         The kind; `linear` only for two-dimensional `.weight` tensors with no other claim.
     """
@@ -142,4 +145,6 @@ def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
         return "head"
     if _ROUTER.match(leaf) or ".router." in name:
         return "router"
+    if model_type in _KEPT and _KEPT[model_type].search(path):
+        return "listed"
     return "linear"

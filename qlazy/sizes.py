@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from decimal import Decimal
 
 from qlazy.errors import UsageError
 
@@ -19,22 +21,24 @@ def parse_bytes(text: str) -> int:
     Raises:
         UsageError: no number, no unit, or a unit that does not exist.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B)\s*", text, re.IGNORECASE)
     if match is None:
         raise UsageError(f"{text!r} is not a size.", hint="Write a number with a unit, e.g. 22GiB, 500MiB or 24GB.")
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+    return int(Decimal(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
-def format_bytes(nbytes: int) -> str:
+def format_bytes(nbytes: int, *, round_up: bool = False) -> str:
     """Write a number of bytes in the largest binary unit that keeps it readable.
 
     Args:
         nbytes: Bytes.
+        round_up: Never write less than there is, as a number that is to be enough must not be.
     Returns:
         E.g. `21.4 GiB`, `118.2 MiB`, `7 KiB`, `12 B`.
     """
-    if abs(nbytes) >= 1 << 30:
-        return f"{nbytes / (1 << 30):.1f} GiB"
-    if abs(nbytes) >= 1 << 20:
-        return f"{nbytes / (1 << 20):.1f} MiB"
-    return f"{nbytes // 1024} KiB" if abs(nbytes) >= 1024 else f"{nbytes} B"
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if abs(nbytes) >= scale:
+            number = math.ceil(10 * nbytes / scale) / 10 if round_up else nbytes / scale
+            return f"{number:.1f} {unit}"
+    kib = -(-nbytes // 1024) if round_up else nbytes // 1024
+    return f"{kib} KiB" if abs(nbytes) >= 1024 else f"{nbytes} B"

@@ -1,0 +1,146 @@
+"""What a model will hold, told from a source's headers and config alone. No torch here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from qlazy.budget import Budget
+from qlazy.demand import buffers, text_config
+from qlazy.errors import UnsupportedModel, UsageError
+from qlazy.plan_data import Entry
+from qlazy.recipe import guess_kind
+from qlazy.source import Source
+
+_MODEL_DTYPES = ("float32", "float16", "bfloat16")
+_EXPERT = re.compile(r"(.*\bexperts)\.[0-9]+\.(.*)")
+_CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
+_CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+def resolve_dtype(source: Source, dtype: str, budget: Budget) -> str:
+    """The dtype of everything that is not quantized.
+
+    Args:
+        source: An opened source.
+        dtype: `auto` or a torch dtype name.
+        budget: The devices: a CPU has no fast float16, so that `auto` takes bfloat16 there.
+    Returns:
+        `float32`, `float16` or `bfloat16`.
+    Raises:
+        UsageError: any other name.
+    """
+    if dtype == "auto":
+        named = [c.get(key) for c in (source.config, text_config(source.config)) for key in ("dtype", "torch_dtype")]
+        known = [name for name in (str(n).removeprefix("torch.") for n in named) if name in _MODEL_DTYPES]
+        dtype = known[0] if known else _stored_dtype(source)
+        if dtype == "float16" and budget.devices == ("cpu",):
+            dtype = "bfloat16"
+    if dtype not in _MODEL_DTYPES:
+        raise UsageError(f"There is no model dtype {dtype!r}.", hint="Use --dtype auto, bfloat16, float16 or float32.")
+    return dtype
+
+
+def entries(source: Source, dtype: str) -> list[Entry]:
+    """The tensors of a source as a model will hold them, as far as their names tell.
+
+    Args:
+        source: An opened source.
+        dtype: Dtype of everything that is not quantized.
+    Returns:
+        One entry a tensor, in file order, and one for each buffer that the model computes.
+    Raises:
+        UnsupportedModel: the weights are quantized already.
+    """
+    require_unquantized(source)
+    model_type = _model_type(source)
+    found = []
+    for t in sorted(source.tensors.values(), key=lambda t: (str(t.path), t.offset, t.name)):
+        kind = guess_kind(t.name, t.shape, model_type)
+        turned = kind == "linear" and _is_conv1d(t.name, model_type)
+        found.append(
+            Entry(
+                name=t.name,
+                shape=t.shape[::-1] if turned else t.shape,
+                dtype=t.dtype if t.dtype in _INTEGERS else dtype,
+                kind=kind,
+                source_nbytes=t.nbytes,
+            )
+        )
+    shapes = {t.name: t.shape for t in source.tensors.values()}
+    for name, (length, buffer_dtype) in buffers(source.config, shapes).items():
+        if name not in shapes:
+            found.append(Entry(name=name, shape=(length,), dtype=buffer_dtype, kind="other", source_nbytes=0))
+    return found
+
+
+def conversion_bytes(source: Source) -> int:
+    """Host memory for tensors that are read and converted as a whole: stored bytes and result of the largest group.
+
+    Args:
+        source: An opened source.
+    Returns:
+        Bytes: lists of experts become fused ones, GPT-2's layers are turned.
+    """
+    model_type = _model_type(source)
+    groups: dict[str, dict[str, int]] = {}
+    for t in source.tensors.values():
+        if listed := _EXPERT.match(t.name):
+            parts = groups.setdefault(listed.group(1), {})
+            parts[listed.group(2)] = parts.get(listed.group(2), 0) + t.nbytes
+        elif _is_conv1d(t.name, model_type):
+            groups[t.name] = {"": t.nbytes}
+    # Of an expert's three matrices, gate and up are fused into one.
+    return 2 * max((sum(sorted(parts.values())[-2:]) for parts in groups.values()), default=0)
+
+
+def require_unquantized(source: Source) -> None:
+    """Refuse a checkpoint whose weights are quantized already; what GGUF files hold is decoded and not meant.
+
+    Args:
+        source: An opened source.
+    Raises:
+        UnsupportedModel: with the name of the method, or of the first tensor in eight-bit floats.
+    """
+    hint = "Name the original model in 16 bits."
+    for config in (source.config, text_config(source.config)):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            found = config.get(key)
+            if not isinstance(found, Mapping) or not found:
+                continue
+            by_bits = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & found.keys() else "a method that it does not name"
+            method = found.get("quant_method") or found.get("quant_algo") or by_bits
+            raise UnsupportedModel(
+                f"{source.model_id} is quantized already, with {method} ({key} in config.json); qlazy takes 16-bit weights.",
+                hint=hint,
+            )
+    if source.kind == "gguf":
+        return
+    for t in source.tensors.values():
+        if t.dtype.startswith("float8"):
+            raise UnsupportedModel(
+                f"{source.model_id} is quantized already: {t.path.name} holds {t.name!r} in {t.dtype}; qlazy takes 16-bit "
+                "weights.",
+                hint=hint,
+            )
+
+
+def _model_type(source: Source) -> str:
+    """The config's model type; none for GGUF, whose files have their own names and order."""
+    return str(text_config(source.config).get("model_type")) if source.kind == "safetensors" else ""
+
+
+def _stored_dtype(source: Source) -> str:
+    """The dtype that most bytes of a checkpoint are in; bfloat16 where that is none that a model can have."""
+    total: dict[str, int] = {}
+    for t in source.tensors.values():
+        if len(t.shape) > 1:
+            total[t.dtype] = total.get(t.dtype, 0) + t.nbytes
+    most = max(sorted(total), key=lambda name: total[name], default="bfloat16")
+    return most if most in _MODEL_DTYPES else "bfloat16"
+
+
+def _is_conv1d(name: str, model_type: str) -> bool:
+    """Whether a weight is stored as (columns, rows), as GPT-2's layers have it."""
+    return model_type in _CONV1D_TYPES and _CONV1D.search(name) is not None
