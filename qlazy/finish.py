@@ -75,7 +75,7 @@ def _initialize(model: PreTrainedModel, missing: set[str]) -> None:
     incomplete = {path: layer for path, layer in swapped.items() if f"{path}.bias" in missing}
     for path, layer in incomplete.items():
         stand_in = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        stand_in.bias = layer.bias
+        stand_in.register_parameter("bias", layer.bias)
         model.set_submodule(path, stand_in)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor._is_hf_initialized = name not in missing  # type: ignore[attr-defined]
