@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qlazy import codebook, ops
 from qlazy.formats import BNB_BLOCK, BNB_NESTED_BLOCK, Codebook4, Format, Int4, Int8, Layout
-from qlazy.quantize import pack_int4, pack_zero_points, quantize_int4, quantize_int8
+from qlazy.packing import pack_int4, pack_zero_points
+from qlazy.quantize import quantize_int4, quantize_int8
 
 ROW_BLOCK = 64
 """Rows that every packed layout keeps together."""

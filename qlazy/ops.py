@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from qlazy import codebook, native
 from qlazy.formats import BNB_BLOCK
-from qlazy.quantize import unpack_int4, unpack_zero_points
+from qlazy.packing import unpack_int4, unpack_zero_points
 
 BLOCK_ROWS = 256
 """Rows dequantized at a time: a multiple of 64, so that a block starts on a block of every layout."""

@@ -13,7 +13,7 @@ from qlazy import ops
 from qlazy.codebook import CODES, unnest_absmax
 from qlazy.formats import Codebook4, Format, Int4, Int8, Layout
 from qlazy.layers import LAYERS, Int4Linear, QuantLinear
-from qlazy.quantize import unpack_int4, unpack_zero_points
+from qlazy.packing import unpack_int4, unpack_zero_points
 
 FORMATS: list[Format] = [
     Int4(group_size=32),

@@ -11,16 +11,8 @@ from torch import Tensor
 
 from qlazy import quantize
 from qlazy.errors import UsageError
-from qlazy.quantize import (
-    dequantize_int4,
-    dequantize_int8,
-    pack_int4,
-    pack_zero_points,
-    quantize_int4,
-    quantize_int8,
-    unpack_int4,
-    unpack_zero_points,
-)
+from qlazy.packing import pack_int4, pack_zero_points, unpack_int4, unpack_zero_points
+from qlazy.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 GROUPS = [32, 64, 128, -1]
