@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -133,6 +135,7 @@ def test_a_conversation_on_a_terminal(environment, tiny, tmp_path):
         def until(words):
             nonlocal shown
             while words not in shown:
+                assert select.select([ours], [], [], 60)[0], f"nothing but {shown!r}"
                 shown += os.read(ours, 65536).decode()
             before, _, shown = shown.partition(words)
             return before + words
@@ -142,6 +145,7 @@ def test_a_conversation_on_a_terminal(environment, tiny, tmp_path):
             os.write(ours, b"hello\n")
             until("hello")
             until("> ")
+            time.sleep(1)  # a signal between the prompt and the wait for a key is only seen with the next key
             child.send_signal(signal.SIGINT)
             assert chat.HELP in until("> ")
             os.write(ours, b"\x04")

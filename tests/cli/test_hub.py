@@ -36,6 +36,7 @@ def test_run_downloads_once_and_answers(hub):
     assert "Downloading" in first.err and len(first.out.splitlines()) == 1
     asked = len(hub.gets("model.safetensors"))
     again = hub.shell("run", "org/tiny", "hello", "--max-new-tokens", "3", HF_HUB_OFFLINE="1")
+    assert again.code == 0, again.err
     assert again.out == first.out and "Downloading" not in again.err
     assert len(hub.gets("model.safetensors")) == asked
 
