@@ -12,6 +12,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +66,6 @@ class Stream:
     workers: int
     drop_page_cache: bool = True
     bytes_done: int = 0
-    _error: BaseException | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _whole: threading.Lock = field(default_factory=threading.Lock)
 
@@ -74,50 +74,47 @@ class Stream:
         self._stop = threading.Event()
         self._chunks = iter(plan_chunks(self.fills, slot_bytes(self.fills, self.workers)))
         self._files = _Files(self.drop_page_cache)
-        self._threads = [threading.Thread(target=self._work, name=f"qlazy-load-{i}") for i in range(self.workers)]
         self._torch_threads = torch.get_num_threads()
-        for thread in self._threads:
-            thread.start()
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qlazy-load")
+        self._running = {self._pool.submit(self._work) for _ in range(self.workers)}
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Stop the workers and close the files, whether or not all was read."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._pool.shutdown()
         self._files.close()
         torch.set_num_threads(self._torch_threads)
 
     def __iter__(self) -> Iterator[int]:
-        """Bytes done so far, a few times a second until all workers have ended.
+        """Wait for the workers to end.
 
+        Yields:
+            Bytes done so far, a few times a second, and once more at the end.
         Raises:
-            The error of the worker that failed first.
+            BaseException: what the worker raised that failed first.
         """
-        for thread in self._threads:
-            while thread.is_alive():
-                thread.join(PROGRESS_INTERVAL_S)
-                yield self.bytes_done
-        if self._error is not None:
-            raise self._error
+        while self._running:
+            ended, self._running = wait(self._running, PROGRESS_INTERVAL_S, FIRST_COMPLETED)
+            for worker in ended:
+                worker.result()
+            yield self.bytes_done
 
     def _work(self) -> None:
         # One thread an op: the workers are the parallelism, and their chunks are too small to share out further.
         torch.set_num_threads(1)
-        slot = torch.empty(slot_bytes(self.fills, self.workers), dtype=torch.uint8)
-        with torch.no_grad():
+        try:
+            slot = torch.empty(slot_bytes(self.fills, self.workers), dtype=torch.uint8)
             while not self._stop.is_set():
                 with self._lock:
                     chunk = next(self._chunks, None)
                 if chunk is None:
                     return
-                try:
+                with torch.no_grad():
                     self._run(chunk, slot)
-                except BaseException as error:
-                    with self._lock:
-                        self._error = self._error or error
-                    self._stop.set()
-                    return
+        except BaseException:
+            self._stop.set()
+            raise
 
     def _run(self, chunk: Chunk, slot: Tensor) -> None:
         if chunk.fill.convert is None:
