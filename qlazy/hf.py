@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlazy.errors import CorruptCheckpoint, UnsupportedModel
 from qlazy.formats import Int4
-from qlazy.layers import NonFiniteError, QuantLinear
+from qlazy.layers import NonFiniteError, QuantLinear, require_finite
 from qlazy.recipe import Recipe, make_recipe
 from qlazy.swap import entries_of, quant_layer
 
@@ -138,6 +138,16 @@ class QlazyQuantizer(HfQuantizer):
             model.set_submodule(path, swapped)
         return model
 
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta or not parameter.is_floating_point():
+                continue
+            try:
+                require_finite(parameter.detach())
+            except NonFiniteError:
+                raise _not_finite(name) from None
+        return model
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a checkpoint tensor is the weight of a swapped layer.
 
@@ -200,15 +210,18 @@ class _Quantize(ConversionOps):
             try:
                 layer.fill(weight)
             except NonFiniteError:
-                raise CorruptCheckpoint(
-                    f"Tensor {name!r} holds a NaN or an infinity.", hint="Download the model again."
-                ) from None
+                # transformers reports this with all else that failed, and raises a RuntimeError of its own.
+                raise _not_finite(name) from None
             del layer._parameters["weight"]
             filled: Any = layer
             filled._is_hf_initialized = True
             if missing_keys is not None:
                 missing_keys -= {name, *(f"{path}.{key}" for key in layer.storage)}
         return {}
+
+
+def _not_finite(name: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"Tensor {name!r} holds a NaN or an infinity.", hint="The file is damaged; download it again.")
 
 
 def attach_quantizer(model: PreTrainedModel, recipe: Recipe) -> None:

@@ -74,9 +74,9 @@ class Placer:
             if isinstance(owner, QuantLinear) and leaf == "weight":
                 owner.fill(values, start)
             else:
+                values = values.reshape(-1) if values.dim() == 0 else values
                 if leaf in owner._parameters and values.is_floating_point():
                     require_finite(values)
-                values = values.reshape(-1) if values.dim() == 0 else values
                 whole: Tensor = getattr(owner, leaf).data
                 whole = whole.view(1) if whole.dim() == 0 else whole
                 whole[start : start + values.shape[0]].copy_(values)
