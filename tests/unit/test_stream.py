@@ -195,6 +195,15 @@ def test_error_of_a_worker_is_raised_to_the_caller(folder, workers, monkeypatch)
     assert len(placed) < len(list(plan_chunks(tuple(folder.fills), 8192))), "the others stop as well"
 
 
+def test_a_worker_that_cannot_start_is_an_error_too(folder, monkeypatch):
+    some_tensors(folder)
+    with Stream(tuple(folder.fills), lambda chunk, tensors: None, 2):
+        pass
+    monkeypatch.setattr(stream_module, "slot_bytes", lambda fills, workers: -1)
+    with pytest.raises(RuntimeError, match="negative dimension"):
+        collect(folder.fills, 2)
+
+
 def test_file_cut_short_while_it_is_read(folder):
     folder.add("first", torch.ones(64, 8))
     folder.add("second", torch.ones(64, 8))

@@ -1,0 +1,113 @@
+"""The swap: which layers become low-bit ones, without storage, and a plan that counts every tensor of the model once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config
+from transformers import T5ForConditionalGeneration as T5
+from transformers.initialization import no_init_weights, no_tie_weights
+from transformers.pytorch_utils import Conv1D
+
+from qlazy.formats import Codebook4, Int4, Int8
+from qlazy.layers import Int4Linear, Int8Linear, QuantLinear
+from qlazy.lazy import lazy_build
+from qlazy.swap import entries_of, quant_layer
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def placeholder(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    with no_init_weights(), no_tie_weights(), lazy_build():
+        return cls._from_config(config, dtype=torch.bfloat16)
+
+
+def entries(model: PreTrainedModel, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    read = {name: 1 for name in model.state_dict() if name not in without}
+    found = entries_of(model, read)
+    assert len({entry.name for entry in found}) == len(found)
+    return {entry.name: entry for entry in found}
+
+
+def test_kinds_of_a_llama():
+    found = entries(placeholder(LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False)))
+    linear = {name for name, entry in found.items() if entry.kind == "linear"}
+    assert len(linear) == 14 and all(name.endswith("_proj.weight") for name in linear)
+    assert found["lm_head.weight"].kind == "head" and found["model.embed_tokens.weight"].kind == "embedding"
+    assert found["model.norm.weight"].kind == "other"
+    buffer = found["model.rotary_emb.inv_freq"]
+    assert (buffer.kind, buffer.dtype, buffer.source_nbytes) == ("other", "float32", 0)
+
+
+@pytest.mark.parametrize("absent", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_tie_is_counted_once_under_the_name_that_is_read(absent):
+    model = placeholder(LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True))
+    found = entries(model, without=(absent,))
+    kept = {"lm_head.weight", "model.embed_tokens.weight"} - {absent}
+    assert kept <= set(found) and absent not in found
+    assert found[kept.pop()].kind in ("embedding", "head")
+
+
+def test_a_weight_that_is_in_no_file_is_left_for_transformers():
+    model = placeholder(LlamaForCausalLM, LlamaConfig(**SMALL))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert entries(model)[name].kind == "linear"
+    assert entries(model, without=(name,))[name].kind == "other"
+
+
+def test_conv1d_is_counted_by_rows_and_columns():
+    found = entries(placeholder(GPT2LMHeadModel, GPT2Config(vocab_size=32, n_positions=8, n_embd=64, n_layer=1, n_head=2)))
+    entry = found["transformer.h.0.attn.c_attn.weight"]
+    assert (entry.kind, entry.shape) == ("linear", (192, 64))
+
+
+def test_what_the_model_keeps_in_float32_is_left_alone():
+    found = entries(placeholder(T5, T5Config(vocab_size=32, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=2)))
+    kept = {name for name, entry in found.items() if ".wo." in name}
+    assert len(kept) == 2 and all(found[name].kind != "linear" for name in kept)
+    assert found["encoder.block.0.layer.1.DenseReluDense.wi.weight"].kind == "linear"
+
+
+def test_a_subclass_of_linear_is_left_alone():
+    class Special(nn.Linear):
+        pass
+
+    model = placeholder(LlamaForCausalLM, LlamaConfig(**SMALL))
+    model.model.layers[0].mlp.up_proj = Special(64, 96, bias=False, device="meta")
+    found = entries(model)
+    assert found["model.layers.0.mlp.up_proj.weight"].kind == "other"
+    assert found["model.layers.1.mlp.up_proj.weight"].kind == "linear"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_quant_layer_of_a_linear(bias, training):
+    linear = nn.Linear(64, 128, bias=bias, device="meta").train(training)
+    layer = quant_layer(linear, Int4(), torch.bfloat16, "cpu")
+    assert type(layer) is Int4Linear and (layer.in_features, layer.out_features) == (64, 128)
+    assert layer.bias is linear.bias and layer.training is training and not layer.transposed
+    assert all(buffer.is_meta for buffer in layer.buffers())
+
+
+def test_quant_layer_of_a_conv1d():
+    with torch.device("meta"):
+        conv = Conv1D(128, 64)
+    layer = quant_layer(conv, Int8(), torch.bfloat16, "cpu")
+    assert type(layer) is Int8Linear and (layer.in_features, layer.out_features) == (64, 128)
+    assert layer.transposed and layer.bias is conv.bias
+
+
+def test_no_format_takes_storage_before_it_is_told():
+    for fmt in (Int4(), Int8(), Codebook4()):
+        layer = quant_layer(nn.Linear(64, 128, device="meta"), fmt, torch.bfloat16, "cuda:0")
+        assert isinstance(layer, QuantLinear) and all(tensor.is_meta for tensor in layer.state_dict().values())
