@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -49,6 +50,79 @@ def available() -> bool:
         True where they do.
     """
     return _library() is not None
+
+
+class _Codebook4(ctypes.Structure):
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("absmax", ctypes.c_void_p),
+        ("absmax_packed", ctypes.c_void_p),
+        ("nested_absmax", ctypes.c_void_p),
+        ("nested_code", ctypes.c_void_p),
+        ("nested_offset", ctypes.c_float),
+        ("code", ctypes.c_float * 16),
+        ("columns", ctypes.c_int64),
+        ("all_rows", ctypes.c_int64),
+    )
+
+
+def codebook4_product(
+    x_MK: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+    code: Tensor,
+    out_features: int,
+) -> Tensor | None:
+    """Multiply a few tokens by an NF4 or FP4 weight without unpacking it.
+
+    Args:
+        x_MK: (M, K) in any float dtype, K a multiple of 64.
+        packed: uint8, the weight's codes.
+        absmax: float32 for every 64 weights, or uint8 where `nested`.
+        nested: Nested absmax, offset, and the 256 values of `absmax`; None where it is float32.
+        code: float32 (16,), the values of the codes.
+        out_features: N.
+
+    Returns:
+        (M, N) in the dtype of `x_MK`, summed in float32; None where the loop does not take it, or there is no compiler.
+
+    Memory: the result and `x_MK` in float32.
+    """
+    library = _library()
+    tokens, columns = x_MK.shape
+    if library is None or columns % 64 or x_MK.device.type != "cpu":
+        return None
+    sorted_MK = x_MK.float().view(tokens, -1, 32, 2).transpose(2, 3).contiguous()
+    y_MN = torch.empty((tokens, out_features), dtype=torch.float32)
+    weight = _Codebook4(
+        packed=packed.data_ptr(),
+        absmax=None if nested else absmax.data_ptr(),
+        absmax_packed=absmax.data_ptr() if nested else None,
+        nested_absmax=nested[0].data_ptr() if nested else None,
+        nested_offset=float(nested[1]) if nested else 0.0,
+        nested_code=nested[2].data_ptr() if nested else None,
+        code=(ctypes.c_float * 16)(*code.tolist()),
+        columns=columns,
+        all_rows=out_features,
+    )
+
+    def rows(part: int, parts: int) -> None:
+        first, last = out_features * part // parts, out_features * (part + 1) // parts
+        library.qlazy_codebook4_product(ctypes.byref(weight), _pointer(sorted_MK), tokens, first, last, _pointer(y_MN))
+
+    parts = torch.get_num_threads()
+    others = [_workers().submit(rows, part, parts) for part in range(1, parts)]
+    rows(0, parts)
+    for other in others:
+        other.result()
+    return y_MN.to(x_MK.dtype)
+
+
+@functools.cache
+def _workers() -> ThreadPoolExecutor:
+    """Threads that help the calling one: PyTorch's own cannot be borrowed from Python."""
+    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), thread_name_prefix="qlazy-product")
 
 
 def quantize_int4(
@@ -164,6 +238,8 @@ def _library() -> ctypes.CDLL | None:
     library.qlazy_pack_int4_cpu.restype = None
     library.qlazy_unpack_int4_cpu.argtypes = (pointer, pointer, int64, int64, int64, int64, pointer)
     library.qlazy_unpack_int4_cpu.restype = None
+    library.qlazy_codebook4_product.argtypes = (pointer, pointer, int64, int64, int64, pointer)
+    library.qlazy_codebook4_product.restype = None
     return library
 
 

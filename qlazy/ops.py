@@ -10,6 +10,7 @@ rows that are dequantized into a small scratch and multiplied in the dtype of `x
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ INT4_PACKED_TOKENS_PLAIN = 96
 
 INT8_PACKED_TOKENS = 24
 """The same for the int8 product, which falls behind sooner as it has no blocking over tokens."""
+
+CODEBOOK4_PACKED_TOKENS = 32
+"""Up to this many tokens the compiled NF4 and FP4 product is faster, which unpacks anew for every token."""
 
 _library = torch.library.Library("qlazy", "DEF")
 _library.define(
@@ -122,7 +126,7 @@ def pack_int4_cpu(codes: Tensor) -> Tensor:
     blocks = codes.view(rows // width, width, columns)
     low, high = order[: width // 2], order[width // 2 :]
     halves = (blocks[:, low] | (blocks[:, high] << 4)).transpose(1, 2)
-    return halves.reshape(rows, columns // 2)
+    return halves.reshape(rows, columns // 2).contiguous()
 
 
 def unpack_int4_cpu(packed: Tensor) -> Tensor:
@@ -241,6 +245,11 @@ def _linear_codebook4(
 ) -> Tensor:
     columns = x.shape[-1]
     x_MK = x.reshape(-1, columns)
+    if 0 < x_MK.shape[0] <= CODEBOOK4_PACKED_TOKENS:
+        nested = None if nested_absmax is None else (nested_absmax, cast(Tensor, nested_offset), codebook.nested_code())
+        few = native.codebook4_product(x_MK, packed, absmax, nested, codebook.CODES[kind], out_features)
+        if few is not None:
+            return (few if bias is None else few.add_(bias)).view(*x.shape[:-1], out_features)
     if nested_absmax is not None and nested_offset is not None:
         absmax = codebook.unnest_absmax(absmax, nested_absmax, nested_offset)
     y_MN = x.new_empty(x_MK.shape[0], out_features)

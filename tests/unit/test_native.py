@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlazy import native, ops, quantize
+from qlazy import codebook, native, ops, quantize
 
 compiled = pytest.mark.skipif(native._library() is None, reason="there is no C compiler here")
 
@@ -103,3 +103,34 @@ def test_unpacking_equals_the_plain_unpacking(group_size: int) -> None:
         patch.setattr(native, "unpack_int4_cpu", lambda *_: None)
         expected = ops.dequantize_int4_cpu_rows(packed, scale, torch.bfloat16, 64, 192)
     assert found is not None and torch.equal(found, expected)
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_codebook_product_errs_no_more_than_torch_on_the_dequantized_weight(
+    kind: str, double_quant: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    rows, columns = 100, 192
+    weight = torch.randn(rows, columns).to(torch.bfloat16)
+    packed, absmax = torch.empty(rows * columns // 2, dtype=torch.uint8), torch.empty(rows * columns // 64)
+    codebook.quantize_blocks(weight, kind, packed_out=packed, absmax_out=absmax)
+    nested, stored = None, absmax
+    if double_quant:
+        stored, *statistics = codebook.nest_absmax(absmax)
+        nested = (statistics[0], statistics[1], codebook.nested_code())
+        absmax = codebook.unnest_absmax(stored, *statistics)
+    exact_weight = (
+        codebook.dequantize_blocks(packed, absmax, kind, torch.float32, 0, rows * columns).view(rows, columns).double()
+    )
+    x = torch.randn(tokens, columns).to(torch.bfloat16)
+    exact = x.double() @ exact_weight.T
+    plain = (torch.nn.functional.linear(x, exact_weight.to(torch.bfloat16)) - exact).norm()
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found = native.codebook4_product(x, packed, stored, nested, codebook.CODES[kind], rows)
+        assert found is not None and found.dtype is torch.bfloat16
+        assert (found - exact).norm() <= 2 * plain
+    assert native.codebook4_product(x[:, :100], packed, stored, nested, codebook.CODES[kind], rows) is None
