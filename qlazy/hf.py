@@ -6,7 +6,8 @@ gives the same layers with its own bounded and overlapped pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -104,6 +105,10 @@ class QlazyQuantizer(HfQuantizer):
 
     requires_calibration = False
 
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._not_finite: list[str] = []
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot be opened yet.
 
@@ -140,13 +145,30 @@ class QlazyQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
-            if parameter.is_meta or not parameter.is_floating_point():
-                continue
-            try:
-                require_finite(parameter.detach())
-            except NonFiniteError:
-                raise _not_finite(name) from None
+            if parameter.is_floating_point() and not parameter.is_meta:
+                with self.naming(name):
+                    require_finite(parameter.detach())
+        if self._not_finite:
+            raise CorruptCheckpoint(
+                f"Tensor {self._not_finite[0]!r} holds a NaN or an infinity.", hint="The file is damaged; download it again."
+            )
         return model
+
+    @contextlib.contextmanager
+    def naming(self, tensor: str) -> Iterator[None]:
+        """Keep the name of a tensor that is not finite; it is raised after the load.
+
+        transformers turns an error in a conversion into a log entry and a `RuntimeError` that does not say what is wrong.
+
+        Args:
+            tensor: Its name.
+        Yields:
+            Nothing.
+        """
+        try:
+            yield
+        except NonFiniteError:
+            self._not_finite.append(tensor)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a checkpoint tensor is the weight of a swapped layer.
@@ -167,7 +189,7 @@ class QlazyQuantizer(HfQuantizer):
         Returns:
             A new operation.
         """
-        return _Quantize()
+        return _Quantize(self)
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` may write this model.
@@ -185,6 +207,9 @@ class QlazyQuantizer(HfQuantizer):
 
 class _Quantize(ConversionOps):
     """Fills a layer with the weight that transformers read for it."""
+
+    def __init__(self, quantizer: QlazyQuantizer) -> None:
+        self.quantizer = quantizer
 
     def convert(  # type: ignore[override]
         self,
@@ -207,21 +232,14 @@ class _Quantize(ConversionOps):
                     f"Tensor {name!r} has shape {list(weight.shape)}, but the model has {list(stand_in.shape)}."
                 )
             layer.allocate(weight.device)
-            try:
+            with self.quantizer.naming(name):
                 layer.fill(weight)
-            except NonFiniteError:
-                # transformers reports this with all else that failed, and raises a RuntimeError of its own.
-                raise _not_finite(name) from None
             del layer._parameters["weight"]
             filled: Any = layer
             filled._is_hf_initialized = True
             if missing_keys is not None:
                 missing_keys -= {name, *(f"{path}.{key}" for key in layer.storage)}
         return {}
-
-
-def _not_finite(name: str) -> CorruptCheckpoint:
-    return CorruptCheckpoint(f"Tensor {name!r} holds a NaN or an infinity.", hint="The file is damaged; download it again.")
 
 
 def attach_quantizer(model: PreTrainedModel, recipe: Recipe) -> None:
