@@ -17,7 +17,7 @@ import qlazy
 from qlazy.formats import Codebook4, Layout
 from qlazy.layers import LAYERS, QuantLinear
 from qlazy.recipe import make_recipe
-from tests.integration.conftest import MODELS, inputs_of, make
+from tests.integration.conftest import MODELS, inputs_of, make, stored
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 QUANTIZED: dict[str, tuple[set[str], int]] = {
@@ -305,3 +305,46 @@ def test_two_loads_are_the_same_bytes(checkpoint):
 def test_a_map_of_one_device_is_that_device(checkpoint):
     model = qlazy.load_quantized(checkpoint("llama"), device_map={"": "cpu"})
     assert model.qlazy_report.device_bytes == {"cpu": model.qlazy_report.plan.weight_bytes}
+
+
+def write_gguf(path: Path, folder: Path) -> Path:
+    """The tiny Llama as llama.cpp would convert it: its names, its order of the rows of queries and keys, four data types."""
+    import gguf
+
+    kinds = {"ffn_down": "Q8_0", "ffn_up": "Q4_1", "token_embd": "F16"}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(256)
+    writer.add_embedding_length(128)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(32)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(256)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, tensor in stored(folder).items():
+        values = tensor.float()
+        if "q_proj" in name or "k_proj" in name:
+            heads = 4 if "q_proj" in name else 2
+            values = values.view(heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
+        ours = names.get_name(name, try_suffixes=(".weight",))
+        kind = gguf.GGMLQuantizationType[next((k for part, k in kinds.items() if part in ours), "F32")]
+        writer.add_tensor(ours, gguf.quantize(values.contiguous().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "nf4"}, {"modules_to_not_convert": ["*"]}], ids=str)
+def test_gguf(checkpoint, tmp_path, options):
+    path = write_gguf(tmp_path / "tiny.gguf", checkpoint("llama"))
+    model = qlazy.load_quantized(path, device_map="cpu", dtype="bfloat16", **options)
+    reference = theirs("llama", tmp_path, torch.float32, gguf_file=path.name)
+    assert len(quantized(model)) == (0 if "modules_to_not_convert" in options else 14)
+    require_same_weights(model, reference)
+    require_same_rest(model, theirs("llama", tmp_path, gguf_file=path.name))
+    exact = stored(checkpoint("llama"))["model.layers.1.self_attn.q_proj.weight"]
+    assert torch.equal(reference.model.layers[1].self_attn.q_proj.weight, exact), "rows are back in their order"
