@@ -197,8 +197,8 @@ def fresh_pages(nbytes: int) -> mmap.mmap:
 
 def test_anonymous_bytes_see_what_is_written():
     before = anonymous_bytes()
-    block = fresh_pages(64 * MIB)
-    assert 60 * MIB < anonymous_bytes() - before < 80 * MIB
+    with fresh_pages(64 * MIB):
+        assert 60 * MIB < anonymous_bytes() - before < 80 * MIB
 
 
 def test_anonymous_bytes_do_not_see_mapped_files(tmp_path):
