@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class QuantLinear(nn.Module):
         """
         for key, stored in self.storage.items():
             setattr(self, key, torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device=device))
+        self._rows_filled = 0
 
     def fill_rows(self, start: int, weight: Tensor) -> bool:
         """Quantize rows of the weight into their place. Safe to call from several threads for different rows.
@@ -164,6 +166,20 @@ class QuantLinear(nn.Module):
     def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Follow `model.to(...)` to another device, never to another dtype: packed bytes and scales mean nothing in one."""
+        moved = {}
+        for key in self.storage:
+            held: Tensor = getattr(self, key)
+            # Seen as bytes, as whatever casts a module leaves integers alone.
+            moved[key] = fn(held.reshape(-1).view(torch.uint8)).view(held.dtype).view(held.shape)
+        self._buffers.clear()
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers.update(moved)
+        return self
+
     def _filled(self, rows: int) -> bool:
         """Count rows; True for the call that completes the layer."""
         with self._lock:
@@ -223,6 +239,17 @@ class Int4Linear(QuantLinear):
             zero = 8.0 - offset.float() / scale.float()
             logical["weight_zero_point"] = pack_zero_points(zero.round_().to(torch.uint8))
         return logical
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """As the base class; the CPU's own layout is left for the logical one on the way to a GPU."""
+        device = fn(torch.empty(0, device=self.weight_packed.device)).device
+        if self.layout is Layout.CPU_INT4 and device.type not in ("cpu", "meta"):
+            stored = self.logical()
+            self.layout = Layout.LOGICAL
+            self.storage = self.format.storage(self.out_features, self.in_features, str(self.dtype).removeprefix("torch."))
+            for key, tensor in stored.items():
+                self.register_buffer(key, tensor)
+        return super()._apply(fn, recurse)
 
     def product(self, x: Tensor) -> Tensor:  # noqa: D102
         cpu_layout = self.layout is Layout.CPU_INT4
@@ -291,6 +318,11 @@ class Codebook4Linear(QuantLinear):
             self.absmax_packed, self.nested_absmax, self.nested_offset = codebook.nest_absmax(self._absmax)
         self._absmax = None
         return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """As the base class; what bitsandbytes was told of the storage before holds no longer."""
+        self._quant_state = None
+        return super()._apply(fn, recurse)
 
     def product(self, x: Tensor) -> Tensor:  # noqa: D102
         if x.device.type == "cuda":
