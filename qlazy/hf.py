@@ -36,7 +36,7 @@ class QlazyConfig(QuantizationConfigMixin):
         symmetric: Int4 without zero points.
         double_quant: NF4 and FP4 with absmax in 8 bits.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
-        kwargs: What transformers adds when it reads a saved config; `quant_method` is all that is expected.
+        **kwargs: What transformers adds when it reads a saved config; `quant_method` is all that is expected.
     Raises:
         UsageError: as `make_recipe`.
     """
@@ -113,8 +113,8 @@ class QlazyQuantizer(HfQuantizer):
         """Refuse what cannot be opened yet.
 
         Args:
-            args: Unused.
-            kwargs: Unused.
+            *args: Unused.
+            **kwargs: Unused.
         Raises:
             UnsupportedModel: a folder that was saved in this quantizer's own layout.
         """
@@ -176,7 +176,7 @@ class QlazyQuantizer(HfQuantizer):
         Args:
             model: The model.
             param_name: The tensor's name in it.
-            kwargs: Unused.
+            **kwargs: Unused.
         Returns:
             True where it is.
         """
