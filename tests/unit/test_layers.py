@@ -212,6 +212,30 @@ def test_a_copy_is_a_layer_of_its_own(fmt, copied):
     assert not torch.equal(twin.weight, before)
 
 
+@pytest.mark.parametrize(
+    "cast", [nn.Module.half, nn.Module.float, lambda layer: layer.to(torch.float64)], ids=["half", "float", "to"]
+)
+@each_format
+def test_casting_a_model_casts_no_packed_tensor(fmt, cast):
+    bias = nn.Parameter(torch.randn(ROWS).bfloat16(), requires_grad=False)
+    layer, model = filled(fmt), nn.Sequential(filled(fmt, bias=bias))
+    cast(model)
+    assert same(layer, model[0]) and model[0].bias.dtype != torch.bfloat16
+    assert all(getattr(model[0], key).dtype == getattr(layer, key).dtype for key in layer.storage)
+    assert list(model[0].state_dict()) == ["bias", *layer.storage]
+    x = torch.randn(3, COLUMNS).to(model[0].bias.dtype)
+    assert torch.allclose(model(x).float(), linear(x.float(), layer.weight.float(), bias.float()), atol=0.05)
+
+
+@each_format
+def test_moves_to_meta_and_is_filled_again(fmt):
+    layer = filled(fmt).to("meta")
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    layer.allocate("cpu")
+    layer.fill(weight_of())
+    assert same(layer, filled(fmt))
+
+
 @each_format
 def test_state_dict_holds_packed_tensors_only_and_goes_back(fmt):
     layer = filled(fmt)
