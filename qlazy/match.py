@@ -7,10 +7,7 @@ is checked on shapes alone, before any storage exists and before a byte of weigh
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,35 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
-from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel
-from qlazy.layers import ROW_BLOCK
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
+from qlazy.fill import Fill, dtype_of, straight_fill
+from qlazy.match_gguf import match_gguf
 from qlazy.source import Source, TensorInfo
-
-Convert = Callable[[list[Tensor]], dict[str, Tensor]]
-"""Stored tensors, in the order of `Fill.sources`, to tensors of the model by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fill:
-    """Stored tensors that together become tensors of the model."""
-
-    sources: tuple[TensorInfo, ...]
-    """What is read."""
-    targets: tuple[str, ...]
-    """Names in the model."""
-    convert: Convert | None = None
-    """None: one tensor whose rows go straight to their place, a chunk at a time. Else it is read as a whole and converted."""
-    row_order: Tensor | None = None
-    """int64 (rows,): the row of the model that each stored row becomes; None = the same."""
-    row_block: int = ROW_BLOCK
-    """Rows that must come together: a multiple of 64, and of the blocks within which `row_order` moves rows."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are read."""
-        return sum(source.nbytes for source in self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +57,7 @@ def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True
     Memory: names and shapes.
     """
     state = model.state_dict()
-    fills, leftover = _match_gguf(model, source, state) if source.kind == "gguf" else _match_keys(model, source, state)
+    fills, leftover = match_gguf(model, source, state) if source.kind == "gguf" else _match_keys(model, source, state)
     for fill in fills:
         _require_dtypes(fill, state)
     filled = {target for fill in fills for target in fill.targets}
@@ -128,24 +101,12 @@ def _match_keys(model: PreTrainedModel, source: Source, state: dict[str, Tensor]
         if target not in state:
             leftover.append(key)
         elif pattern is None:
-            fills.append(_straight(model, target, info, state[target]))
+            fills.append(straight_fill(model, target, info, state[target]))
         else:
             grouped.setdefault(target, (by_pattern[pattern], []))[1].append((pattern, info))
     for target, (converter, members) in grouped.items():
         fills.append(_converted(model, target, converter, members, state))
     return fills, leftover
-
-
-def _straight(model: PreTrainedModel, target: str, info: TensorInfo, placeholder: Tensor) -> Fill:
-    if tuple(placeholder.shape) != info.shape:
-        raise CorruptCheckpoint(
-            f"{info.path.name}: tensor {info.name!r} has shape {list(info.shape)}, but {type(model).__name__} has "
-            f"{list(placeholder.shape)} for {target!r}.",
-            hint="config.json and the weights belong to different models; download both again.",
-        )
-    if isinstance(model.get_submodule(target.rpartition(".")[0]), Conv1D) and len(info.shape) == 2:
-        return Fill(sources=(info,), targets=(target,), convert=lambda tensors: {target: tensors[0]})
-    return Fill(sources=(info,), targets=(target,))
 
 
 def _converted(
@@ -165,7 +126,7 @@ def _converted(
         made: dict[str, Any] = fresh.convert(target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    empty = [torch.empty(info.shape, dtype=_float_or(info), device="meta") for info in sources]
+    empty = [torch.empty(info.shape, dtype=dtype_of(info), device="meta") for info in sources]
     try:
         made = convert(empty)
     except Exception as error:
@@ -185,113 +146,15 @@ def _converted(
     return Fill(sources=sources, targets=tuple(made), convert=convert)
 
 
-def _match_gguf(model: PreTrainedModel, source: Source, state: dict[str, Tensor]) -> tuple[list[Fill], list[str]]:
-    """Match llama.cpp's names and undo what its converter did to the values, with transformers' tables."""
-    import numpy as np
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
-    arch = str(source.config.get("model_type"))
-    processor: Any = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=model.config.to_dict())  # type: ignore[no-untyped-call]
-    names = _gguf_names(model, processor, arch, state)
-    fills, leftover = [], []
-    for key, info in source.tensors.items():
-        target = names.get(key)
-        known = target is not None and target in state
-        if len(info.shape) > 2 and (known or "_exps" in key):
-            raise UnsupportedModel(
-                f"{info.path.name}: {key!r} has {len(info.shape)} dimensions; fused experts in GGUF files are not read.",
-                hint="Use the model's safetensors files.",
-            )
-        if target is None or not known:
-            leftover.append(key)
-            continue
-
-        def convert(tensors: list[Tensor], key: str = key, target: str = target) -> dict[str, Tensor]:
-            made = processor.process(
-                tensors[0].float().numpy(), key, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
-            )
-            return {target: torch.from_numpy(np.ascontiguousarray(made.weights)).view(state[target].shape)}
-
-        order = _row_order(processor, key, info) if len(info.shape) == 2 else None
-        if order is None:
-            fills.append(Fill(sources=(info,), targets=(target,), convert=convert))
-            continue
-        straight = _straight(model, target, info, state[target])
-        if not torch.equal(order, torch.arange(len(order))):
-            straight = dataclasses.replace(straight, row_order=order, row_block=math.lcm(ROW_BLOCK, _closed_block(order)))
-        fills.append(straight)
-    return fills, leftover
-
-
-def _gguf_names(model: PreTrainedModel, processor: Any, arch: str, state: dict[str, Tensor]) -> dict[str, str]:
-    """The model's name of every tensor that llama.cpp names, in one pass over the state.
-
-    Where that leaves a name out, transformers' own walk over all submodules, which takes seconds for a deep model.
-    """
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
-
-    known = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    names: dict[str, str] = {}
-    if arch in known:
-        table = get_tensor_name_map(known[arch], model.config.get_text_config().num_hidden_layers)
-        for name in state:
-            path, _, leaf = name.rpartition(".")
-            gguf_name = table.get_name(path) if leaf in ("weight", "bias") else table.get_name(name)
-            if gguf_name is not None:
-                names[f"{gguf_name}.{leaf}" if leaf in ("weight", "bias") else gguf_name] = name
-    if len(names) < len(state):
-        try:
-            walked: dict[str, str] = get_gguf_hf_weights_map(model, processor)
-        except NotImplementedError as error:
-            raise UnsupportedModel(
-                f"The installed gguf package does not know the tensor names of model type {arch!r}.",
-                hint="Update gguf, or use the model's safetensors files.",
-            ) from error
-        names = walked | names
-    return names
-
-
-def _row_order(processor: Any, key: str, info: TensorInfo) -> Tensor | None:
-    """Where a processor moves each row, told by giving it row numbers; None where it does more than move rows."""
-    import numpy as np
-
-    rows = info.shape[0]
-    numbers = np.arange(rows, dtype=np.float64)[:, None]
-    try:
-        made = processor.process(numbers.copy(), key, tensor_key_mapping=None, parsed_parameters={"tensors": {}})
-    except Exception:
-        return None
-    if made.weights.shape != numbers.shape or made.name != key:
-        return None
-    came_from = torch.from_numpy(np.ascontiguousarray(made.weights))[:, 0].long()
-    if not torch.equal(came_from.sort().values, torch.arange(rows)):
-        return None
-    return torch.argsort(came_from)
-
-
-def _closed_block(order: Tensor) -> int:
-    """The least number of rows in which a row order stays within equal blocks."""
-    rows = len(order)
-    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
-    return next(size for size in sizes if torch.equal(order // size, torch.arange(rows) // size))
-
-
 def _require_dtypes(fill: Fill, state: dict[str, Tensor]) -> None:
     for info in fill.sources:
         for target in fill.targets:
-            stored, wanted = _float_or(info), state[target].dtype
+            stored, wanted = dtype_of(info), state[target].dtype
             if stored.is_floating_point != wanted.is_floating_point:
                 raise CorruptCheckpoint(
                     f"{info.path.name}: tensor {info.name!r} is stored as {info.dtype}, but {target!r} is {wanted}.",
                     hint="Integers in place of weights mean a quantized checkpoint without its config; get the original.",
                 )
-
-
-def _float_or(info: TensorInfo) -> torch.dtype:
-    """Torch's dtype of a stored tensor; float32 for GGUF's block types, which are decoded to it."""
-    found = getattr(torch, info.dtype, None)
-    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def _tied(model: PreTrainedModel, filled: set[str]) -> set[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
-from qlazy.match import Fill
+from qlazy.fill import Fill
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.source import TensorInfo
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from qlazy.budget import Budget
 from qlazy.errors import CorruptCheckpoint
+from qlazy.fill import Fill
 from qlazy.formats import Int8
 from qlazy.layers import Int8Linear
-from qlazy.match import Fill
 from qlazy.place import Placer
 from qlazy.plan import Plan, TensorPlan
 from qlazy.recipe import Recipe

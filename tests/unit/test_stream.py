@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlazy import stream as stream_module
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
-from qlazy.match import Fill
+from qlazy.fill import Fill
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.source import TensorInfo
 from qlazy.stream import Chunk, Stream, decode, plan_chunks, slot_bytes, worker_count

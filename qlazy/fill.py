@@ -1,0 +1,75 @@
+"""What is filled from what: stored tensors on one side, tensors of the model on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlazy.errors import CorruptCheckpoint
+from qlazy.layers import ROW_BLOCK
+from qlazy.source import TensorInfo
+
+Convert = Callable[[list[Tensor]], dict[str, Tensor]]
+"""Stored tensors, in the order of `Fill.sources`, to tensors of the model by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """Stored tensors that together become tensors of the model."""
+
+    sources: tuple[TensorInfo, ...]
+    """What is read."""
+    targets: tuple[str, ...]
+    """Names in the model."""
+    convert: Convert | None = None
+    """None: one tensor whose rows go straight to their place, a chunk at a time. Else it is read as a whole and converted."""
+    row_order: Tensor | None = None
+    """int64 (rows,): the row of the model that each stored row becomes; None = the same."""
+    row_block: int = ROW_BLOCK
+    """Rows that must come together: a multiple of 64, and of the blocks within which `row_order` moves rows."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(source.nbytes for source in self.sources)
+
+
+def straight_fill(model: PreTrainedModel, target: str, info: TensorInfo, placeholder: Tensor) -> Fill:
+    """The fill of one tensor by one stored tensor of the same shape.
+
+    Args:
+        model: A placeholder.
+        target: The tensor's name in it.
+        info: The stored tensor.
+        placeholder: The tensor.
+    Returns:
+        The fill.
+    Raises:
+        CorruptCheckpoint: the shapes differ.
+    """
+    if tuple(placeholder.shape) != info.shape:
+        raise CorruptCheckpoint(
+            f"{info.path.name}: tensor {info.name!r} has shape {list(info.shape)}, but {type(model).__name__} has "
+            f"{list(placeholder.shape)} for {target!r}.",
+            hint="config.json and the weights belong to different models; download both again.",
+        )
+    if isinstance(model.get_submodule(target.rpartition(".")[0]), Conv1D) and len(info.shape) == 2:
+        return Fill(sources=(info,), targets=(target,), convert=lambda tensors: {target: tensors[0]})
+    return Fill(sources=(info,), targets=(target,))
+
+
+def dtype_of(info: TensorInfo) -> torch.dtype:
+    """Torch's dtype of a stored tensor; float32 for GGUF's block types, which are decoded to it.
+
+    Args:
+        info: The stored tensor.
+    Returns:
+        A dtype.
+    """
+    found = getattr(torch, info.dtype, None)
+    return found if isinstance(found, torch.dtype) else torch.float32
