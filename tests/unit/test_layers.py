@@ -7,6 +7,7 @@ import pickle
 import random as shuffling
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +226,16 @@ def test_casting_a_model_casts_no_packed_tensor(fmt, cast):
     assert list(model[0].state_dict()) == ["bias", *layer.storage]
     x = torch.randn(3, COLUMNS).to(model[0].bias.dtype)
     assert torch.allclose(model(x).float(), linear(x.float(), layer.weight.float(), bias.float()), atol=0.05)
+
+
+@each_format
+def test_cpu_layout_is_left_on_the_way_to_another_device(fmt):
+    """As a GPU would be asked: a device is told by what becomes of an empty tensor."""
+    layer, wanted = filled(fmt), filled(fmt, device="cuda:0")
+    elsewhere = SimpleNamespace(device=torch.device("cuda"))
+    layer._apply(lambda tensor: tensor if tensor.numel() else elsewhere)
+    assert layer.layout is Layout.LOGICAL and layer.storage == wanted.storage and same(layer, wanted)
+    assert torch.equal(layer(torch.ones(2, COLUMNS).bfloat16()), wanted(torch.ones(2, COLUMNS).bfloat16()))
 
 
 @each_format

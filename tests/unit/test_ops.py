@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qlazy import ops
+from qlazy import native, ops
 from qlazy.codebook import CODES, unnest_absmax
 from qlazy.formats import Codebook4, Format, Int4, Int8, Layout
 from qlazy.layers import LAYERS, Int4Linear, QuantLinear
@@ -37,6 +37,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "plain"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds with the compiled loops and, as on a machine without a compiler, without them."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "_library", lambda: None)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -105,6 +112,29 @@ def test_cpu_order_is_that_of_torch(shape):
     assert packed.shape == (shape[0], shape[1] // 2)
     assert torch.equal(packed.view(-1), theirs.view(torch.uint8).view(-1))
     assert torch.equal(ops.unpack_int4_cpu(packed), codes)
+
+
+ORDERS = {
+    "avx512": (64, list(range(64))),
+    "avx2": (32, list(range(32))),
+    "plain": (16, [*range(0, 16, 2), *range(1, 16, 2)]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+def test_every_order_is_undone(order, monkeypatch):
+    """Also those that the processor here does not have."""
+    monkeypatch.setattr(ops, "cpu_int4_order", lambda: order)
+    codes = torch.randint(0, 16, (128, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    packed = ops.pack_int4_cpu(codes)
+    assert torch.equal(ops.unpack_int4_cpu(packed), codes)
+    scale = random(2, 128, 2).abs()
+    exact = torch.addcmul(
+        scale[..., 1].T.unsqueeze(2), codes.view(128, 2, 32).bfloat16() - 8, scale[..., 0].T.unsqueeze(2)
+    ).reshape(128, 64)
+    for start, stop in ((0, 128), (64, 128)):
+        made = ops.dequantize_int4_cpu_rows(packed, scale, torch.bfloat16, start, stop)
+        assert torch.equal(made.T, exact[start:stop])
 
 
 def test_order_is_a_permutation_of_a_block():
