@@ -65,6 +65,19 @@ def layer_kv_bytes(config: Mapping[str, Any], max_model_len: int, dtype: str) ->
     return found
 
 
+def layer_count(text: Mapping[str, Any]) -> int:
+    """Layers that hold keys and values.
+
+    Args:
+        text: The part of a config that describes the language model.
+    Returns:
+        Their number; 0 where it does not say.
+    """
+    return _first(
+        text, "decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks"
+    )
+
+
 def activation_bytes(config: Mapping[str, Any], max_model_len: int, dtype: str) -> int:
     """Bytes of the largest transient of one forward pass over a whole prompt.
 
@@ -153,9 +166,7 @@ _ALL_SLIDING = ("mistral", "mixtral", "starcoder2", "phi3")
 
 def _layers(text: Mapping[str, Any], itemsize: int) -> list[tuple[str, int]]:
     """Kind of each layer, and bytes of its keys and values for one token."""
-    layers = _first(
-        text, "decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_blocks"
-    )
+    layers = layer_count(text)
     heads = _first(text, "decoder_attention_heads", "num_attention_heads", "n_head", "num_heads", "n_heads")
     hidden = _first(text, "hidden_size", "n_embd", "d_model")
     if not layers or not heads or not hidden:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlazy.errors import CorruptCheckpoint
-from qlazy.layers import ROW_BLOCK
+from qlazy.quant_linear import ROW_BLOCK
 from qlazy.source import TensorInfo
 
 Convert = Callable[[list[Tensor]], dict[str, Tensor]]

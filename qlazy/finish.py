@@ -8,10 +8,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from qlazy.errors import IncompleteCheckpoint
 from qlazy.hf import attach_quantizer
-from qlazy.layers import QuantLinear
 from qlazy.match import Match
 from qlazy.place import Placer
 from qlazy.plan import Plan
+from qlazy.quant_linear import QuantLinear
 from qlazy.source import Source
 
 

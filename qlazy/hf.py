@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlazy.errors import CorruptCheckpoint, UnsupportedModel
 from qlazy.formats import Int4
-from qlazy.layers import NonFiniteError, QuantLinear, require_finite
+from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.recipe import Recipe, make_recipe
 from qlazy.swap import entries_of, quant_layer
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qlazy.errors import UnsupportedModel
 from qlazy.fill import Fill, straight_fill
-from qlazy.layers import ROW_BLOCK
+from qlazy.quant_linear import ROW_BLOCK
 from qlazy.source import Source, TensorInfo
 
 

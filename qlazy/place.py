@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qlazy.errors import CorruptCheckpoint
-from qlazy.layers import NonFiniteError, QuantLinear, require_finite
 from qlazy.plan import Plan
+from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.stream import Chunk
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 
 from qlazy.budget import Budget
-from qlazy.demand import buffers, text_config
-from qlazy.errors import UnsupportedModel, UsageError
+from qlazy.demand import buffers, layer_count, text_config
+from qlazy.errors import CorruptCheckpoint, UnsupportedModel, UsageError
 from qlazy.plan_data import Entry
 from qlazy.recipe import guess_kind
 from qlazy.source import Source
@@ -52,12 +52,16 @@ def entries(source: Source, dtype: str) -> list[Entry]:
         One entry a tensor, in file order, and one for each buffer that the model computes.
     Raises:
         UnsupportedModel: the weights are quantized already.
+        CorruptCheckpoint: config.json names more layers than there are tensors.
     """
     require_unquantized(source)
+    require_plausible(source)
     model_type = _model_type(source)
     found = []
     for t in sorted(source.tensors.values(), key=lambda t: (str(t.path), t.offset, t.name)):
         kind = guess_kind(t.name, t.shape, model_type)
+        if t.name.endswith(".out_proj.weight") and t.name.replace(".out_proj.weight", ".in_proj_weight") in source.tensors:
+            kind = "other"  # torch's MultiheadAttention multiplies by this weight itself; it cannot be swapped
         turned = kind == "linear" and _is_conv1d(t.name, model_type)
         found.append(
             Entry(
@@ -124,6 +128,23 @@ def require_unquantized(source: Source) -> None:
                 "weights.",
                 hint=hint,
             )
+
+
+def require_plausible(source: Source) -> None:
+    """Refuse a config that would build a model far larger than the files hold, which takes forever.
+
+    Args:
+        source: An opened source.
+    Raises:
+        CorruptCheckpoint: with the number of layers and of tensors.
+    """
+    layers = layer_count(text_config(source.config))
+    if layers > len(source.tensors):
+        raise CorruptCheckpoint(
+            f"{source.model_id}: its config names {layers:,} layers, but its files hold "
+            f"{len(source.tensors):,} tensors in all.",
+            hint="config.json and the weights belong to different models; download both again.",
+        )
 
 
 def _model_type(source: Source) -> str:

@@ -32,7 +32,7 @@ class LoadReport:
     plan: Plan
     """The plan it followed, made from the model itself."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage: resolve, plan, build, stream, finish, total."""
+    """Seconds by stage: plan, build, stream, finish, total."""
     bytes_read: int = 0
     """Bytes read from the checkpoint."""
     device_bytes: dict[str, int] = field(default_factory=dict)

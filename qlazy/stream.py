@@ -219,8 +219,14 @@ class _Files:
         self._lock = threading.Lock()
 
     def read(self, info: TensorInfo, offset: int, into: Tensor) -> Tensor:
-        """Fill `into` from `offset` bytes into a tensor.
+        """Fill a buffer with bytes of a tensor.
 
+        Args:
+            info: The tensor.
+            offset: Where in it to begin, in bytes.
+            into: uint8 (bytes,), all of which is filled.
+        Returns:
+            `into`.
         Raises:
             IncompleteCheckpoint: the file ends before, as when it is cut short while it is read.
         """

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlazy.formats import Format
-from qlazy.layers import LAYERS, QuantLinear
+from qlazy.layers import LAYERS
 from qlazy.match import Match
 from qlazy.plan import Entry, Plan, allocate, require_fit
+from qlazy.quant_linear import QuantLinear
 from qlazy.recipe import Kind, guess_kind
 from qlazy.source import Source
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qlazy.formats import Codebook4, Format, Int4, Int8, Layout
-from qlazy.layers import LAYERS, QuantLinear
+from qlazy.layers import LAYERS
+from qlazy.quant_linear import QuantLinear
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ import qlazy
 from qlazy.errors import CorruptCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4, Int4, Int8
 from qlazy.hf import QlazyConfig, QlazyQuantizer, _device
-from qlazy.layers import QuantLinear
+from qlazy.quant_linear import QuantLinear
 from qlazy.recipe import Recipe
 
 KEY = "model.layers.0.mlp.up_proj.weight"

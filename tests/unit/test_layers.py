@@ -16,7 +16,8 @@ from torch.nn.functional import linear
 
 from qlazy import codebook
 from qlazy.formats import Codebook4, Format, Int4, Int8, Layout, packed_nbytes
-from qlazy.layers import LAYERS, NonFiniteError, QuantLinear, require_finite
+from qlazy.layers import LAYERS
+from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 FORMATS: list[Format] = [
@@ -119,7 +120,7 @@ def test_rows_in_any_order_from_many_threads_give_the_same_bytes(fmt):
 @each_format
 def test_fill_cuts_large_weights_into_pieces(fmt, monkeypatch):
     whole = filled(fmt)
-    monkeypatch.setattr("qlazy.layers.QUANTIZED_ELEMENTS", 64 * COLUMNS)
+    monkeypatch.setattr("qlazy.quant_linear.QUANTIZED_ELEMENTS", 64 * COLUMNS)
     calls = []
     layer = empty(fmt)
     layer.allocate("cpu")

@@ -12,8 +12,9 @@ from torch.nn.functional import linear
 from qlazy import native, ops
 from qlazy.codebook import CODES, unnest_absmax
 from qlazy.formats import Codebook4, Format, Int4, Int8, Layout
-from qlazy.layers import LAYERS, Int4Linear, QuantLinear
+from qlazy.layers import LAYERS, Int4Linear
 from qlazy.packing import unpack_int4, unpack_zero_points
+from qlazy.quant_linear import QuantLinear
 
 FORMATS: list[Format] = [
     Int4(group_size=32),

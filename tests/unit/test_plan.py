@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import qlazy
 from qlazy.budget import Budget, make_budget
-from qlazy.errors import DoesNotFit, UnsupportedModel, UsageError
+from qlazy.errors import CorruptCheckpoint, DoesNotFit, UnsupportedModel, UsageError
 from qlazy.plan import Plan, allocate, block_of, entries, make_plan, require_fit, resolve_dtype, to_json
 from qlazy.plan_devices import kv_by_block, natural
 from qlazy.recipe import Recipe, make_recipe
@@ -271,6 +271,12 @@ def test_a_quantized_folder_is_refused_before_weights_are_read(checkpoint, tmp_p
     (tmp_path / "model.safetensors").symlink_to(checkpoint("llama") / "model.safetensors")
     with pytest.raises(UnsupportedModel, match="gptq"):
         call(tmp_path, device_map="cpu")
+
+
+def test_a_config_of_more_layers_than_there_are_tensors_is_refused_at_once():
+    with pytest.raises(CorruptCheckpoint, match="1,000,000,000 layers, but its files hold 17 tensors") as caught:
+        make_plan(llama(2, num_hidden_layers=10**9), Recipe(), budget_of({"cpu": GIB}))
+    assert caught.value.hint
 
 
 def test_blocks_of_gguf_are_decoded_and_not_refused():

@@ -13,8 +13,9 @@ from transformers.initialization import no_init_weights, no_tie_weights
 from transformers.pytorch_utils import Conv1D
 
 from qlazy.formats import Codebook4, Int4, Int8
-from qlazy.layers import Int4Linear, Int8Linear, QuantLinear
+from qlazy.layers import Int4Linear, Int8Linear
 from qlazy.lazy import lazy_build
+from qlazy.quant_linear import QuantLinear
 from qlazy.swap import entries_of, quant_layer
 
 SMALL: dict[str, Any] = {
