@@ -31,8 +31,8 @@ def dequantize_int4(
 
     Args:
         weight_packed: (N, P) int32, contiguous, on a CUDA device; any N.
-        weight_scale: (N, G) float16, bfloat16 or float32, contiguous, same device. K = 8 P is a multiple of 8 G, so that a group
-            is a whole number of words: groups of 32, 64 or 128 columns, or G = 1 for the whole row.
+        weight_scale: (N, G) float16, bfloat16 or float32, contiguous, same device. K = 8 P is a multiple of 8 G, so that a
+            group is a whole number of words: groups of 32, 64 or 128 columns, or G = 1 for the whole row.
         weight_zero_point: (ceil(N / 8), G) int32, contiguous, same device; None = 8 everywhere (symmetric).
         dtype: float16, bfloat16 or float32; None = the dtype of the scales.
 
@@ -80,7 +80,7 @@ def dequantize_int4_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of BLOCK_N rows and BLOCK_K columns. Eight neighbouring lanes read the same word, which costs one transaction."""
+    """One tile of BLOCK_N rows and BLOCK_K columns. Eight neighbouring lanes read the same word in one transaction."""
     # 64 bits: N * K passes 2^31 in the output heads of large models.
     n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
@@ -88,7 +88,8 @@ def dequantize_int4_kernel(
     group = k // group_size
 
     words = tl.load(packed_NP + n * (columns // 8) + k // 8, mask=inside, other=0)
-    # Casts come right after the loads: Triton's interpreter computes in bfloat16 wrongly, and fp32 is what the result is defined in.
+    # Casts come right after the loads: Triton's interpreter computes in bfloat16 wrongly, and fp32 is what the result is
+    # defined in.
     scale = tl.load(scale_NG + n * groups + group, mask=inside, other=0.0).to(tl.float32)
     code = (words >> ((k % 8) * 4)) & 0xF
     if HAS_ZERO:
@@ -122,6 +123,7 @@ def _check(packed: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torc
         raise ValueError(f"{columns} columns do not divide into {groups} groups of whole words (8 columns each).")
     if zero_point is not None and tuple(zero_point.shape) != (-(-rows // 8), groups):
         raise ValueError(
-            f"weight_zero_point has shape {tuple(zero_point.shape)}; {rows} rows in {groups} groups need {(-(-rows // 8), groups)}."
+            f"weight_zero_point has shape {tuple(zero_point.shape)}; {rows} rows in "
+            f"{groups} groups need {(-(-rows // 8), groups)}."
         )
     return rows, columns, groups
