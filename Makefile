@@ -59,6 +59,7 @@ test-gpu: ## tests that need a CUDA device, with the python that is there and fr
 
 bench: $(VENV)/.installed-test $(VENV)/.demo-model ## run every benchmark on this machine
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/quality.py
 
 docs: $(VENV)/.installed ## write docs/cli.md from the commands themselves

@@ -55,6 +55,10 @@ STAGING_BYTES = {"cpu": RING_BYTES + (48 << 20), "cuda": 3 * CHUNK_BYTES}
 """Transient memory of a load: on the host the ring and the quantizers' work buffers, on a GPU three chunks."""
 
 
+GGUF_BYTES = 128 << 20
+"""Host memory that transformers' own reading of a GGUF file's vocabulary leaves in scattered small objects."""
+
+
 def make_plan(source: Source, recipe: Recipe, budget: Budget, *, dtype: str = "auto") -> Plan:
     """Plan a load from the headers alone.
 
@@ -109,7 +113,7 @@ def allocate(
     kv = kv_by_block(blocks, layer_kv_bytes(source.config, budget.max_model_len, dtype))
     active = activation_bytes(source.config, budget.max_model_len, dtype)
     extra_bytes = conversion_bytes(source) if extra_bytes is None else extra_bytes
-    staging = dict.fromkeys(budget.devices, STAGING_BYTES["cuda"]) | {"cpu": STAGING_BYTES["cpu"] + extra_bytes}
+    staging = dict.fromkeys(budget.devices, STAGING_BYTES["cuda"]) | {"cpu": _host_staging(source) + extra_bytes}
     fixed = {device: nbytes + RUNTIME_BYTES[_kind(device)] for device, nbytes in staging.items()}
     places = assign(
         tensors,
@@ -193,6 +197,11 @@ def _plan_tensor(entry: Entry, recipe: Recipe, dtype: str, device: str) -> Tenso
     )
 
 
+def _host_staging(source: Source) -> int:
+    """Transient host memory of a load that converts nothing."""
+    return STAGING_BYTES["cpu"] + (GGUF_BYTES if source.kind == "gguf" else 0)
+
+
 def _kind(device: str) -> str:
     return "cpu" if device == "cpu" else "cuda"
 
@@ -210,7 +219,7 @@ def _what_fits(plan: Plan, source: Source) -> str:
         )
         for t in plan.tensors
     ]
-    extra = next(d.staging_bytes for d in plan.devices if d.device == "cpu") - STAGING_BYTES["cpu"]
+    extra = next(d.staging_bytes for d in plan.devices if d.device == "cpu") - _host_staging(source)
 
     def again(recipe: Recipe, budget: Budget) -> Plan:
         return allocate(held, source, recipe, budget, dtype=plan.dtype, exact=plan.exact, extra_bytes=extra)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.fill import Fill
+from qlazy.memory import trim_heap
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.source import TensorInfo
 
@@ -85,6 +86,7 @@ class Stream:
         self._pool.shutdown()
         self._files.close()
         torch.set_num_threads(self._torch_threads)
+        trim_heap()
 
     def __iter__(self) -> Iterator[int]:
         """Wait for the workers to end.
@@ -290,8 +292,8 @@ def _extent(info: TensorInfo) -> int:
 
 
 def _row_cost(info: TensorInfo) -> int:
-    """Bytes that one row takes while it is read: as stored, or about 12 an element while a GGUF block type is decoded."""
-    decoded = 0 if isinstance(getattr(torch, info.dtype, None), torch.dtype) else 12
+    """Bytes that one row takes while it is read: as stored, or about 24 an element while a GGUF block type is decoded."""
+    decoded = 0 if isinstance(getattr(torch, info.dtype, None), torch.dtype) else 24
     return max(info.nbytes, decoded * math.prod(info.shape)) // max(1, _extent(info))
 
 
