@@ -7,19 +7,18 @@ whatever the largest tensor is. Tensors that must be converted as a whole are re
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
+from qlazy.errors import CorruptCheckpoint
+from qlazy.files import Files
 from qlazy.fill import Fill
 from qlazy.memory import trim_heap
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
@@ -74,7 +73,7 @@ class Stream:
         """Start the workers."""
         self._stop = threading.Event()
         self._chunks = iter(plan_chunks(self.fills, slot_bytes(self.fills, self.workers)))
-        self._files = _Files(self.drop_page_cache)
+        self._files = Files(self.drop_page_cache)
         self._torch_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qlazy-load")
         self._running = {self._pool.submit(self._work) for _ in range(self.workers)}
@@ -210,80 +209,6 @@ def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
             f"{info.path.name}: tensor {info.name!r} has type {info.dtype}, which cannot be decoded."
         ) from error
     return torch.from_numpy(values).view(shape)
-
-
-class _Files:
-    """Open files of a read, and what to do with the pages it brings in."""
-
-    def __init__(self, drop_page_cache: bool) -> None:
-        self._drop = drop_page_cache and hasattr(os, "posix_fadvise")
-        self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, info: TensorInfo, offset: int, into: Tensor) -> Tensor:
-        """Fill a buffer with bytes of a tensor.
-
-        Args:
-            info: The tensor.
-            offset: Where in it to begin, in bytes.
-            into: uint8 (bytes,), all of which is filled.
-        Returns:
-            `into`.
-        Raises:
-            IncompleteCheckpoint: the file ends before, as when it is cut short while it is read.
-        """
-        descriptor = self._open(info)
-        begin = info.offset + offset
-        view = memoryview(into.numpy().data)
-        cached = self._read_cached(descriptor, view, begin) if self._drop else 0
-        done = cached
-        while done < len(view):
-            try:
-                got = os.preadv(descriptor, [view[done:]], begin + done)
-            except OSError as error:
-                raise IncompleteCheckpoint(
-                    f"{info.path.name}: reading tensor {info.name!r} at byte {begin + done:,} failed: {error.strerror}.",
-                    hint="Check the disk, then download the model again.",
-                ) from error
-            if got == 0:
-                raise IncompleteCheckpoint(
-                    f"{info.path.name}: tensor {info.name!r} ends at byte {begin + len(view):,}, but the file has "
-                    f"{begin + done:,}.",
-                    hint="The file changed while it was read, or the download is cut short; download it again.",
-                )
-            done += got
-        if self._drop and cached < len(view):
-            os.posix_fadvise(descriptor, begin + cached, len(view) - cached, os.POSIX_FADV_DONTNEED)
-        return into
-
-    def close(self) -> None:
-        """Close all files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-    def _open(self, info: TensorInfo) -> int:
-        with self._lock:
-            if info.path not in self._descriptors:
-                try:
-                    self._descriptors[info.path] = os.open(info.path, os.O_RDONLY)
-                except OSError as error:
-                    raise IncompleteCheckpoint(f"{info.path}: cannot be opened: {error.strerror}.") from error
-                if self._drop:
-                    # Without it the kernel reads ahead, and pages of this load would look as if they had been there before.
-                    os.posix_fadvise(self._descriptors[info.path], 0, 0, os.POSIX_FADV_RANDOM)
-            return self._descriptors[info.path]
-
-    def _read_cached(self, descriptor: int, view: memoryview, begin: int) -> int:
-        """Read what the page cache holds from `begin` on without waiting for the disk; the number of bytes."""
-        if not hasattr(os, "RWF_NOWAIT"):
-            return 0
-        try:
-            return os.preadv(descriptor, [view], begin, os.RWF_NOWAIT)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                return 0
-            raise
 
 
 def _extent(info: TensorInfo) -> int:
