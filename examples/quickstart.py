@@ -26,7 +26,7 @@ def main(model_id: str = "demo", question: str = "What is the capital of France?
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=32, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
