@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +38,17 @@ class Fill:
     def nbytes(self) -> int:
         """Bytes that are read."""
         return sum(source.nbytes for source in self.sources)
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    """Rows of a tensor as it is read and placed: all dimensions but the last; a vector's elements are rows of one.
+
+    Args:
+        shape: Any shape.
+    Returns:
+        1 for a scalar.
+    """
+    return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
 
 
 def straight_fill(model: PreTrainedModel, target: str, info: TensorInfo, placeholder: Tensor) -> Fill:

@@ -10,7 +10,7 @@ from qlazy.errors import IncompleteCheckpoint
 from qlazy.hf import attach_quantizer
 from qlazy.match import Match
 from qlazy.place import Placer
-from qlazy.plan import Plan
+from qlazy.plan import Plan, block_of
 from qlazy.quant_linear import QuantLinear
 from qlazy.source import Source
 
@@ -87,12 +87,19 @@ def _initialize(model: PreTrainedModel, missing: set[str]) -> None:
 
 def _unfilled(model: PreTrainedModel, match: Match) -> set[str]:
     filled = {target for fill in match.fills for target in fill.targets}
-    return set(getattr(model, "all_tied_weights_keys", {})) | set(match.missing) - filled
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return (set(tied) | set(tied.values()) | set(match.missing)) - filled
 
 
 def _module_map(model: nn.Module, plan: Plan) -> dict[str, str]:
-    """Device of every module that holds tensors, as accelerate wants it."""
-    places: dict[str, str] = {}
-    for tensor in plan.tensors:
-        places[tensor.name.rpartition(".")[0]] = tensor.device
+    """Device of every block, and of every module outside the blocks, as accelerate wants it.
+
+    Blocks, as what a decoder layer does between its own modules needs its inputs on its device too.
+    """
+    places = {block_of(tensor.name) or tensor.name.rpartition(".")[0]: tensor.device for tensor in plan.tensors}
+    for target, origin in getattr(model, "all_tied_weights_keys", {}).items():
+        paths = [name.rpartition(".")[0] for name in (target, origin)]
+        for path, other in (paths, paths[::-1]):
+            if path not in places and other in places:
+                places[path] = places[other]
     return places

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlazy.errors import CorruptCheckpoint, UnsupportedModel
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel
 from qlazy.formats import Int4
 from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.recipe import Recipe, make_recipe
@@ -144,6 +144,13 @@ class QlazyQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        layers = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, QuantLinear))
+        empty = [path for path, layer in layers if "weight" in layer._parameters]
+        if empty and not self._not_finite:
+            raise IncompleteCheckpoint(
+                f"{len(empty)} weights of {type(model).__name__} are in none of its files, {empty[0] + '.weight'!r} is one.",
+                hint="Download the model again.",
+            )
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and not parameter.is_meta:
                 with self.naming(name):

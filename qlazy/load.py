@@ -66,6 +66,8 @@ def load(
     Memory: as `qlazy.load_quantized`.
     """
     clock = _Clock()
+    for device in (d for d in budget.devices if d != "cpu"):
+        torch.cuda.reset_peak_memory_stats(device)
     with Meter() as meter:
         plan = make_plan(source, recipe, budget, dtype=dtype)
         clock.lap("plan")

@@ -7,6 +7,7 @@ is checked on shapes alone, before any storage exists and before a byte of weigh
 from __future__ import annotations
 
 import copy
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,9 @@ class Match:
 
     @property
     def largest_conversion(self) -> int:
-        """Bytes of the largest tensors that are read as a whole: what a load needs beside its ring."""
-        return max((fill.nbytes for fill in self.fills if fill.convert is not None), default=0)
+        """Bytes of the largest tensors that are read as a whole, decoded: what a load needs beside its ring."""
+        whole = [fill.sources for fill in self.fills if fill.convert is not None]
+        return max((sum(max(s.nbytes, math.prod(s.shape) * dtype_of(s).itemsize) for s in group) for group in whole), default=0)
 
 
 def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True) -> Match:

@@ -14,6 +14,7 @@ import importlib.resources
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -91,7 +92,7 @@ def codebook4_product(
     """
     library = _library()
     tokens, columns = x_MK.shape
-    if library is None or columns % 64 or x_MK.device.type != "cpu":
+    if library is None or columns % 64 or not _on_cpu(x_MK, packed, absmax):
         return None
     sorted_MK = x_MK.float().view(tokens, -1, 32, 2).transpose(2, 3).contiguous()
     y_MN = torch.empty((tokens, out_features), dtype=torch.float32)
@@ -177,7 +178,7 @@ def pack_int4_cpu(codes_NK: Tensor) -> Tensor | None:
     Memory: the result.
     """
     library = _library()
-    if library is None or not codes_NK.is_contiguous():
+    if library is None or not (_on_cpu(codes_NK) and codes_NK.is_contiguous()):
         return None
     rows, columns = codes_NK.shape
     packed = torch.empty((rows, columns // 2), dtype=torch.uint8)
@@ -200,7 +201,7 @@ def unpack_int4_cpu(packed: Tensor, scale: Tensor, start: int, stop: int) -> Ten
     Memory: the result.
     """
     library = _library()
-    if library is None or not (packed.is_contiguous() and scale.is_contiguous()):
+    if library is None or not (_on_cpu(packed, scale) and packed.is_contiguous() and scale.is_contiguous()):
         return None
     all_rows, columns = packed.shape[0], packed.shape[1] * 2
     out = torch.empty((columns, stop - start), dtype=torch.bfloat16)
@@ -211,8 +212,15 @@ def unpack_int4_cpu(packed: Tensor, scale: Tensor, start: int, stop: int) -> Ten
     return out
 
 
+def _on_cpu(*tensors: Tensor) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)
 
 
 @functools.cache
@@ -223,13 +231,14 @@ def _library() -> ctypes.CDLL | None:
         return None
     source = (importlib.resources.files("qlazy") / "native.c").read_text()
     key = hashlib.sha256("\0".join((source, compiler, *FLAGS, platform.machine(), _processor())).encode()).hexdigest()[:16]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlazy" / f"native-{key}.so"
     try:
-        if not path.is_file():
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlazy" / f"native-{key}.so"
+        if not path.is_file() or not path.stat().st_size:
             _compile(source, compiler, path)
         library = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.info("no compiled quantizer, the plain one gives the same bytes: %s", error)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", b"") or b""
+        logger.warning("no compiled loops, plain PyTorch is slower: %s %s", error, said.decode(errors="replace").strip())
         return None
     int64, int32, pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
     library.qlazy_quantize_int4.argtypes = (pointer, int64, int32, pointer, pointer, pointer, pointer)
@@ -249,8 +258,10 @@ def _compile(source: str, compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         code, made = Path(folder, "native.c"), Path(folder, "native.so")
         code.write_text(source)
-        command = [compiler, *FLAGS, "-o", str(made), str(code), "-lm"]
+        command = [*shlex.split(compiler), *FLAGS, "-o", str(made), str(code), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(made, path)
 
 

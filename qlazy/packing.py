@@ -43,7 +43,9 @@ def unpack_int4(packed_NP: Tensor, columns: int) -> Tensor:
 
     Memory: the result, and at most 8 padding columns of it.
     """
-    pairs = packed_NP.contiguous().view(torch.uint8)
+    rows, words = packed_NP.shape
+    # Flat first: a single column may have any stride, and a view of another width minds it.
+    pairs = packed_NP.reshape(-1).view(torch.uint8).view(rows, 4 * words)
     codes = torch.empty((pairs.shape[0], pairs.shape[1] * 2), dtype=torch.uint8, device=pairs.device)
     torch.bitwise_and(pairs, 15, out=codes[:, 0::2])
     torch.bitwise_right_shift(pairs, 4, out=codes[:, 1::2])

@@ -7,7 +7,9 @@ import threading
 import torch
 from torch import Tensor, nn
 
+from qlazy import native
 from qlazy.errors import CorruptCheckpoint
+from qlazy.fill import row_count
 from qlazy.plan import Plan
 from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.stream import Chunk
@@ -28,6 +30,7 @@ class Placer:
         self._owners = {tensor.name: model.get_submodule(tensor.name.rpartition(".")[0]) for tensor in plan.tensors}
         self._rows_placed = dict.fromkeys(self._owners, 0)
         self._lock = threading.Lock()
+        native.available()  # compiles once, before all workers ask at the same time
         for tensor in plan.tensors:
             owner, leaf = self._owners[tensor.name], tensor.name.rpartition(".")[2]
             if isinstance(owner, QuantLinear) and leaf == "weight":
@@ -74,11 +77,10 @@ class Placer:
             if isinstance(owner, QuantLinear) and leaf == "weight":
                 owner.fill(values, start)
             else:
-                values = values.reshape(-1) if values.dim() == 0 else values
+                values = _as_rows(values.contiguous())
                 if leaf in owner._parameters and values.is_floating_point():
                     require_finite(values)
-                whole: Tensor = getattr(owner, leaf).data
-                whole = whole.view(1) if whole.dim() == 0 else whole
+                whole = _as_rows(getattr(owner, leaf).data)
                 whole[start : start + values.shape[0]].copy_(values)
         except NonFiniteError:
             source = chunk.fill.sources[0]
@@ -100,5 +102,9 @@ class Placer:
         owner, leaf = self._owners[name], name.rpartition(".")[2]
         if isinstance(owner, QuantLinear) and leaf == "weight":
             return owner.out_features
-        tensor: Tensor = getattr(owner, leaf)
-        return tensor.shape[0] if tensor.dim() else 1
+        return row_count(tuple(getattr(owner, leaf).shape))
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """The tensor as rows of its last dimension, as it is read; vectors stay, a scalar becomes one."""
+    return tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 2 else tensor.reshape(1) if tensor.dim() == 0 else tensor

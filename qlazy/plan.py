@@ -167,14 +167,14 @@ def require_fit(plan: Plan, source: Source) -> None:
     short = [device for device in plan.devices if device.left_bytes < 0]
     if not short:
         return
-    needed, free = sum(d.total_bytes for d in short), sum(d.free_bytes - d.reserve_bytes for d in short)
+    needed, free, reserve = (sum(getattr(d, key) for d in short) for key in ("total_bytes", "free_bytes", "reserve_bytes"))
     where = ", ".join(f"{d.device} is short by {format_bytes(-d.left_bytes, round_up=True)}" for d in short)
     raise DoesNotFit(
-        f"{plan.model_id} in {plan.recipe.format.name} does not fit: it needs {format_bytes(needed)} where "
-        f"{format_bytes(max(0, free))} are free after the reserve; {where}.",
+        f"{plan.model_id} in {plan.recipe.format.name} does not fit: it needs {format_bytes(needed)}, and "
+        f"{format_bytes(reserve)} kept free, where {format_bytes(free)} may be used; {where}.",
         hint=_what_fits(plan, source),
         needed_bytes=needed,
-        free_bytes=max(0, free),
+        free_bytes=max(0, free - reserve),
     )
 
 

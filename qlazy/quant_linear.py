@@ -130,6 +130,11 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight, dequantized: a new tensor at every read, for code that wants values, dtype or shape."""
+        stand_in = self._parameters.get("weight")  # while transformers loads, see qlazy/hf.py
+        if stand_in is not None:
+            return stand_in
+        if self.weight_packed.is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
         return self.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,9 +144,15 @@ class QuantLinear(nn.Module):
             x: (..., K).
         Returns:
             (..., N) in the dtype of `x`.
+        Raises:
+            ValueError: another number of features, or a layer without storage.
 
         Memory: the result, and where many tokens come at once the scratch for 256 rows.
         """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"{type(self).__name__} takes {self.in_features} features, and got {x.shape[-1]}.")
+        if self.weight_packed.is_meta and not x.is_meta:
+            raise ValueError(f"{type(self).__name__}({self.extra_repr()}) has no storage for its weight yet.")
         if torch.is_grad_enabled() and x.requires_grad:
             product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return product

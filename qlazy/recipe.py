@@ -92,6 +92,8 @@ def make_recipe(
     name = format or ("int4" if bits == 4 else "int8")
     if name not in ("int4", "int8", "nf4", "fp4"):
         raise UsageError(f"There is no format {name!r}.", hint="Use --format int4, int8, nf4 or fp4.")
+    if bits == 8 and name != "int8":
+        raise UsageError(f"bits is 8, but {name} has 4.", hint=f"Leave --bits out, or --format {name}.")
     if group_size not in (None, -1, 32, 64, 128) or (name in ("nf4", "fp4") and group_size not in (None, 64)):
         allowed = "64" if name in ("nf4", "fp4") else "32, 64, 128, or -1 for the whole row"
         raise UsageError(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qlazy.errors import CorruptCheckpoint
 from qlazy.files import Files
-from qlazy.fill import Fill
+from qlazy.fill import Fill, row_count
 from qlazy.memory import trim_heap
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.source import TensorInfo
@@ -43,7 +43,9 @@ class Chunk:
     def nbytes(self) -> int:
         """Bytes that are read for it."""
         info = self.fill.sources[0]
-        return self.fill.nbytes if self.fill.convert else info.nbytes // max(1, _extent(info)) * (self.stop - self.start)
+        return (
+            self.fill.nbytes if self.fill.convert else info.nbytes // max(1, row_count(info.shape)) * (self.stop - self.start)
+        )
 
 
 Place = Callable[[Chunk, list[Tensor]], None]
@@ -120,13 +122,15 @@ class Stream:
     def _run(self, chunk: Chunk, slot: Tensor) -> None:
         if chunk.fill.convert is None:
             info = chunk.fill.sources[0]
-            per_row = info.nbytes // max(1, _extent(info))
+            per_row = info.nbytes // max(1, row_count(info.shape))
             data = self._files.read(info, chunk.start * per_row, slot[: chunk.nbytes])
             self.place(chunk, [decode(data, info, chunk.stop - chunk.start)])
         else:
             with self._whole:
                 tensors = [
-                    decode(self._files.read(i, 0, torch.empty(i.nbytes, dtype=torch.uint8)), i, _extent(i))
+                    decode(self._files.read(i, 0, torch.empty(i.nbytes, dtype=torch.uint8)), i, row_count(i.shape)).view(
+                        i.shape
+                    )
                     for i in chunk.fill.sources
                 ]
                 self.place(chunk, tensors)
@@ -171,12 +175,12 @@ def plan_chunks(fills: tuple[Fill, ...], limit: int) -> Iterator[Chunk]:
     """
     for fill in fills:
         info = fill.sources[0]
-        extent = _extent(info)
+        extent = row_count(info.shape)
         if fill.convert is not None or extent == 0:
             yield Chunk(fill=fill, start=0, stop=extent)
             continue
         step = max(1, limit // max(1, _row_cost(info)))
-        if len(info.shape) > 1:
+        if len(info.shape) == 2:
             step = max(fill.row_block, step - step % fill.row_block)
         for start in range(0, extent, step):
             yield Chunk(fill=fill, start=start, stop=min(extent, start + step))
@@ -188,7 +192,7 @@ def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
     Args:
         data: uint8 (bytes,).
         info: What the bytes are.
-        rows: How many rows of `info` they hold.
+        rows: How many rows of `info` they hold; of more than two dimensions all but the last count as rows.
     Returns:
         A view of `data` in the stored dtype; for GGUF's block types a new float32 tensor.
     Raises:
@@ -196,7 +200,7 @@ def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
 
     Memory: a view, or four bytes for each element.
     """
-    shape = (rows, *info.shape[1:]) if info.shape else ()
+    shape = (rows, *info.shape[-1:]) if len(info.shape) > 1 else (rows,) * len(info.shape)
     dtype = getattr(torch, info.dtype, None)
     if isinstance(dtype, torch.dtype):
         return data.view(dtype).view(shape)
@@ -211,19 +215,14 @@ def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
     return torch.from_numpy(values).view(shape)
 
 
-def _extent(info: TensorInfo) -> int:
-    """Rows of a stored tensor; a scalar has one."""
-    return info.shape[0] if info.shape else 1
-
-
 def _row_cost(info: TensorInfo) -> int:
     """Bytes that one row takes while it is read: as stored, or about 24 an element while a GGUF block type is decoded."""
     decoded = 0 if isinstance(getattr(torch, info.dtype, None), torch.dtype) else 24
-    return max(info.nbytes, decoded * math.prod(info.shape)) // max(1, _extent(info))
+    return max(info.nbytes, decoded * math.prod(info.shape)) // max(1, row_count(info.shape))
 
 
 def _stripe(fill: Fill) -> int:
     """Least bytes that a chunk of this tensor holds: a block of rows of a matrix, one element of a vector."""
     info = fill.sources[0]
-    rows = _extent(info)
-    return info.nbytes // max(1, rows) * (min(rows, fill.row_block) if len(info.shape) > 1 else 1)
+    rows = row_count(info.shape)
+    return info.nbytes // max(1, rows) * (min(rows, fill.row_block) if len(info.shape) == 2 else 1)

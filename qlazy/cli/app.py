@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -108,7 +110,8 @@ def complain(error: Exception, *, as_json: bool) -> int:
     if told["hint"]:
         print(f"Hint: {told['hint']}", file=sys.stderr)
     if as_json:
-        print_json({"schema": 1, "error": told})
+        with contextlib.suppress(OSError):  # stdout itself may be what failed
+            print_json({"schema": 1, "error": told})
     if isinstance(error, _UsageProblem):
         return 2
     return error.exit_code if isinstance(error, QlazyError) else 1
@@ -134,6 +137,9 @@ def describe(error: Exception) -> dict[str, Any]:
             "message": error.format_message(),  # type: ignore[attr-defined]
             "hint": f"See {where} --help.",
         }
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = error.filename or "what the output goes to"
+        return {"type": "OutOfSpace", "message": f"No space left on {where}.", "hint": "Free some, and run it again."}
     message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return {"type": type(error).__name__, "message": message, "hint": "Set QLAZY_DEBUG=1 to see the traceback."}
 

@@ -87,7 +87,7 @@ def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     gc.collect()
     assert not [ref for ref in layers if ref() is not None]
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("qlazy")]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("qlazy-load", "qlazy-meter"))]
     assert torch.get_num_threads() == threads
     assert len(os.listdir("/proc/self/fd")) <= descriptors
     assert register.__name__ in ("register_parameter", "_register") and not nn.Linear(1, 1).weight.is_meta

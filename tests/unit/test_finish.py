@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from qlazy.errors import IncompleteCheckpoint
+from qlazy.fill import Fill
 from qlazy.finish import finish, require_storage
-from qlazy.match import Fill, Match
+from qlazy.match import Match
 from qlazy.source import TensorInfo
 
 

@@ -267,3 +267,27 @@ def test_is_no_linear_and_says_what_it_is(fmt):
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert torch.equal(layer.weight, layer.dequantize())
     assert torch.equal(layer.dequantize(torch.float32).bfloat16(), layer.weight)
+
+
+@pytest.mark.parametrize("fmt", [Int4(), Int8(), Codebook4()])
+def test_inputs_of_another_width_and_layers_without_storage_are_refused(fmt):
+    layer = LAYERS[type(fmt)](64, 64, format=fmt, dtype=torch.bfloat16, device="cpu", bias=None)
+    assert layer.weight.is_meta and layer.weight.shape == (64, 64)
+    with pytest.raises(ValueError, match="no storage for its weight yet"):
+        layer(torch.ones(1, 64, dtype=torch.bfloat16))
+    layer.allocate("cpu")
+    layer.fill(torch.randn(64, 64))
+    for width in (32, 128):
+        with pytest.raises(ValueError, match=f"takes 64 features, and got {width}"):
+            layer(torch.ones(1, width, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 257, 264])
+def test_rows_that_fill_no_word_of_zeros(rows):
+    layer = LAYERS[Int4](64, rows, format=Int4(), dtype=torch.bfloat16, device="cpu", bias=None)
+    layer.allocate("cpu")
+    weight = torch.randn(rows, 64)
+    layer.fill(weight)
+    x = torch.randn(2, 64)
+    assert torch.allclose(layer(x), x @ layer.dequantize(torch.float32).T, rtol=1e-4, atol=1e-4)
+    assert (layer.dequantize(torch.float32) - weight).abs().max() < 0.5

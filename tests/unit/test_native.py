@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -134,3 +137,31 @@ def test_codebook_product_errs_no_more_than_torch_on_the_dequantized_weight(
         assert found is not None and found.dtype is torch.bfloat16
         assert (found - exact).norm() <= 2 * plain
     assert native.codebook4_product(x[:, :100], packed, stored, nested, codebook.CODES[kind], rows) is None
+
+
+@compiled
+def test_a_forked_child_multiplies_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    native._workers()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if native._workers.cache_info().currsize == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@compiled
+def test_a_compiler_may_have_arguments_and_a_broken_library_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    native._library.cache_clear()
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("CC", "cc -DNOTHING")
+        assert native.available()
+        (made,) = (tmp_path / "qlazy").glob("native-*.so")
+        (tmp_path / "other").mkdir()
+        made.rename(tmp_path / "other" / made.name)
+        made.write_bytes(b"")
+        native._library.cache_clear()
+        assert native.available() and made.stat().st_size > 0
+    finally:
+        native._library.cache_clear()

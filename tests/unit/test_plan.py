@@ -488,7 +488,9 @@ def test_does_not_fit_names_the_device_with_numbers():
     assert short.device == "cuda:1"
     with pytest.raises(DoesNotFit) as caught:
         make_plan(source, Recipe(), budget)
-    numbers = f"needs {format_bytes(short.total_bytes)} where {format_bytes(free - MIB)} are free after the reserve"
+    numbers = (
+        f"needs {format_bytes(short.total_bytes)}, and {format_bytes(MIB)} kept free, where {format_bytes(free)} may be used"
+    )
     assert f"{numbers}; cuda:1 is short by " in caught.value.message and "cuda:0" not in caught.value.message
     assert (caught.value.needed_bytes, caught.value.free_bytes) == (short.total_bytes, free - MIB)
     assert caught.value.exit_code == 4 and isinstance(caught.value, MemoryError)

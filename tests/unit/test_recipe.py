@@ -151,7 +151,7 @@ def test_modules_to_not_convert_adds_to_the_defaults():
         ({}, Int4(group_size=32, symmetric=False)),
         ({"bits": 8}, Int8(group_size=-1)),
         ({"bits": 8, "group_size": 64}, Int8(group_size=64)),
-        ({"format": "int4", "bits": 8}, Int4()),
+        ({"format": "int8", "bits": 4}, Int8()),
         ({"format": "int8"}, Int8()),
         ({"group_size": 128, "symmetric": True}, Int4(group_size=128, symmetric=True)),
         ({"group_size": -1}, Int4(group_size=-1)),
@@ -176,6 +176,7 @@ def test_options_make_a_format(options, fmt):
         ({"format": "nf4", "group_size": 32}, "nf4 takes 64"),
         ({"format": "fp4", "group_size": -1}, "fp4 takes 64"),
         ({"bits": 8, "symmetric": True}, "symmetric belongs to int4"),
+        ({"bits": 8, "format": "nf4"}, "bits is 8, but nf4 has 4"),
         ({"format": "nf4", "symmetric": False}, "symmetric belongs to int4"),
     ],
 )

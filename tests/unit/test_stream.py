@@ -19,7 +19,7 @@ from torch import Tensor
 from qlazy import files
 from qlazy import stream as stream_module
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
-from qlazy.fill import Fill
+from qlazy.fill import Fill, row_count
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.source import TensorInfo
 from qlazy.stream import Chunk, Stream, decode, plan_chunks, slot_bytes, worker_count
@@ -84,9 +84,9 @@ def collect(fills: list[Fill], workers: int, **options) -> tuple[dict[str, Tenso
         info = chunk.fill.sources[0]
         with lock:
             whole = made.setdefault(info.name, torch.zeros(info.shape, dtype=getattr(torch, info.dtype)))
-            count = seen.setdefault(info.name, torch.zeros(info.shape[0] if info.shape else 1, dtype=torch.int64))
+            count = seen.setdefault(info.name, torch.zeros(row_count(info.shape), dtype=torch.int64))
         if info.shape:
-            whole[chunk.start : chunk.stop] = tensors[0]
+            whole.view(-1, *info.shape[1:][-1:])[chunk.start : chunk.stop] = tensors[0]
         else:
             whole.copy_(tensors[0])
         count[chunk.start : chunk.stop] += 1
@@ -157,12 +157,12 @@ def test_chunks_cover_everything_once_in_order_and_in_whole_blocks(shapes, limit
     for fill in fills:
         info = fill.sources[0]
         own = [c for c in chunks if c.fill is fill]
-        rows = info.shape[0] if info.shape else 1
+        rows = row_count(info.shape)
         assert [c.start for c in own] == [0, *(c.stop for c in own[:-1])] and own[-1].stop == rows
         assert sum(c.nbytes for c in own) == info.nbytes
         for chunk in own:
-            assert len(info.shape) < 2 or chunk.start % block == 0
-            least = info.nbytes // max(1, rows) * (min(rows, block) if len(info.shape) > 1 else 1)
+            assert len(info.shape) != 2 or chunk.start % block == 0
+            least = info.nbytes // max(1, rows) * (min(rows, block) if len(info.shape) == 2 else 1)
             assert chunk.nbytes <= max(limit, least)
 
 
@@ -340,3 +340,12 @@ def test_a_system_that_does_not_tell_what_is_cached_reads_all_the_same(folder, m
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     made, _ = collect(folder.fills, 2)
     assert all(torch.equal(made[name], value) for name, value in folder.values.items())
+
+
+def test_fused_experts_are_cut_by_rows_and_not_by_expert():
+    info = TensorInfo(name="w", shape=(16, 512, 1024), dtype="bfloat16", path=Path("x"), offset=0, nbytes=2 * 16 * 512 * 1024)
+    fills = (Fill(sources=(info,), targets=("w",)),)
+    slot = slot_bytes(fills, 2)
+    assert slot <= 8 << 20 and worker_count(fills) * slot <= 64 << 20
+    chunks = list(plan_chunks(fills, 1 << 16))
+    assert sum(chunk.nbytes for chunk in chunks) == info.nbytes and all(chunk.nbytes <= 1 << 16 for chunk in chunks)
