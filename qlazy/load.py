@@ -19,12 +19,13 @@ import torch
 from transformers import PreTrainedModel
 
 from qlazy.budget import Budget
+from qlazy.errors import UsageError
 from qlazy.finish import finish
 from qlazy.match import match_tensors
 from qlazy.memory import Meter, anonymous_bytes
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder
-from qlazy.plan import make_plan
+from qlazy.plan import Plan, make_plan
 from qlazy.recipe import Recipe
 from qlazy.report import LoadReport, Progress
 from qlazy.source import Source
@@ -70,6 +71,7 @@ def load(
         torch.cuda.reset_peak_memory_stats(device)
     with Meter() as meter:
         plan = make_plan(source, recipe, budget, dtype=dtype)
+        _require_one_kind(plan)
         clock.lap("plan")
         model = build_placeholder(
             source, getattr(torch, plan.dtype), attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
@@ -100,6 +102,16 @@ def load(
         tensors_loaded=sum(len(fill.targets) for fill in match.fills),
     )
     return model
+
+
+def _require_one_kind(plan: Plan) -> None:
+    """Refuse a model partly on the host and partly on GPUs: accelerate would carry the host's share to a GPU at every use."""
+    used = {tensor.device for tensor in plan.tensors}
+    if "cpu" in used and len(used) > 1:
+        raise UsageError(
+            f"{plan.model_id} would lie on {', '.join(sorted(used))}; a model runs on GPUs or on the CPU, not yet on both.",
+            hint="Use --device-map cpu, or --device-map cuda.",
+        )
 
 
 class _Clock:
