@@ -58,6 +58,7 @@ test-gpu: ## tests that need a CUDA device, with the python that is there and fr
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/gpu
 
 bench: $(VENV)/.installed-test $(VENV)/.demo-model ## run every benchmark on this machine
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/quality.py
