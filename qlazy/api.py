@@ -43,7 +43,7 @@ def plan(
     Args:
         model_id: A folder, a `.gguf` file, an alias, or a hub id.
         bits: 4 or 8.
-        format: `int4`, `int8`, `nf4` or `fp4`; overrides `bits`.
+        format: `int4`, `int8`, `nf4` or `fp4`; by default what `bits` says.
         group_size: Columns that share a scale.
         symmetric: Int4 without zero points.
         double_quant: NF4 and FP4 with absmax in 8 bits.
@@ -113,7 +113,7 @@ def load_quantized(
     Args:
         model_id: A folder, a `.gguf` file, an alias, or a hub id.
         bits: 4 or 8.
-        format: `int4`, `int8`, `nf4` or `fp4`; overrides `bits`.
+        format: `int4`, `int8`, `nf4` or `fp4`; by default what `bits` says.
         group_size: Columns that share a scale.
         symmetric: Int4 without zero points.
         double_quant: NF4 and FP4 with absmax in 8 bits.

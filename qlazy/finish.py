@@ -28,8 +28,7 @@ def finish(model: PreTrainedModel, plan: Plan, match: Match, placer: Placer, sou
         The same model, in evaluation mode, its weights frozen.
     Raises:
         IncompleteCheckpoint: a tensor was not filled to its last row, or has no storage. That would be a fault of qlazy's,
-            found
-            here and not by the user.
+            found here and not by the user.
 
     Memory: what is initialized, which is part of the plan.
     """

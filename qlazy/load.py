@@ -81,9 +81,9 @@ def load(
         clock.lap("build")
         placer = Placer(model, plan)
         with Stream(match.fills, placer.place, worker_count(match.fills), drop_page_cache) as stream:
+            total = sum(fill.nbytes for fill in match.fills)
             for done in stream:
                 if on_progress is not None:
-                    total = sum(fill.nbytes for fill in match.fills)
                     on_progress(Progress(stage="read", done_bytes=done, total_bytes=total, host_bytes=anonymous_bytes()))
         clock.lap("stream")
         model = finish(model, plan, match, placer, source)

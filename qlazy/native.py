@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,9 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-t
 
 GROUPS = (32, 64, 128)
 """Group sizes that the compiled loop takes."""
+
+
+_compiling = threading.Lock()
 
 
 class _Options(ctypes.Structure):
@@ -233,8 +237,9 @@ def _library() -> ctypes.CDLL | None:
     key = hashlib.sha256("\0".join((source, compiler, *FLAGS, platform.machine(), _processor())).encode()).hexdigest()[:16]
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlazy" / f"native-{key}.so"
-        if not path.is_file() or not path.stat().st_size:
-            _compile(source, compiler, path)
+        with _compiling:  # all workers of a load ask at the same time; the others find the file
+            if not path.is_file() or not path.stat().st_size:
+                _compile(source, compiler, path)
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", b"") or b""

@@ -7,7 +7,6 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from qlazy import native
 from qlazy.errors import CorruptCheckpoint
 from qlazy.fill import row_count
 from qlazy.plan import Plan
@@ -30,7 +29,6 @@ class Placer:
         self._owners = {tensor.name: model.get_submodule(tensor.name.rpartition(".")[0]) for tensor in plan.tensors}
         self._rows_placed = dict.fromkeys(self._owners, 0)
         self._lock = threading.Lock()
-        native.available()  # compiles once, before all workers ask at the same time
         for tensor in plan.tensors:
             owner, leaf = self._owners[tensor.name], tensor.name.rpartition(".")[2]
             if isinstance(owner, QuantLinear) and leaf == "weight":

@@ -74,7 +74,8 @@ class Stream:
     def __enter__(self) -> Stream:
         """Start the workers."""
         self._stop = threading.Event()
-        self._chunks = iter(plan_chunks(self.fills, slot_bytes(self.fills, self.workers)))
+        self._slot_bytes = slot_bytes(self.fills, self.workers)
+        self._chunks = iter(plan_chunks(self.fills, self._slot_bytes))
         self._files = Files(self.drop_page_cache)
         self._torch_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qlazy-load")
@@ -107,7 +108,7 @@ class Stream:
         # One thread an op: the workers are the parallelism, and their chunks are too small to share out further.
         torch.set_num_threads(1)
         try:
-            slot = torch.empty(slot_bytes(self.fills, self.workers), dtype=torch.uint8)
+            slot = torch.empty(self._slot_bytes, dtype=torch.uint8)
             while not self._stop.is_set():
                 with self._lock:
                     chunk = next(self._chunks, None)
