@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qlazy import codebook, native
+from qlazy import codebook, native, native_product, native_quantize
 from qlazy.formats import BNB_BLOCK
 from qlazy.packing import unpack_int4, unpack_zero_points
 
@@ -88,7 +88,7 @@ def dequantize_int4_cpu_rows(packed: Tensor, scale: Tensor, dtype: torch.dtype, 
     rows, columns = stop - start, packed.shape[1] * 2
     width, order = cpu_int4_order()
     if width == 64 and order == list(range(64)):
-        compiled = native.unpack_int4_cpu(packed, scale, start, stop)
+        compiled = native_product.unpack_int4_cpu(packed, scale, start, stop)
         if compiled is not None:
             return compiled.to(dtype)
     blocks, groups = rows // width, scale.shape[0]
@@ -120,7 +120,7 @@ def pack_int4_cpu(codes: Tensor) -> Tensor:
     rows, columns = codes.shape
     width, order = cpu_int4_order()
     if width == 64 and order == list(range(64)):
-        compiled = native.pack_int4_cpu(codes)
+        compiled = native_quantize.pack_int4_cpu(codes)
         if compiled is not None:
             return compiled
     blocks = codes.view(rows // width, width, columns)
@@ -247,7 +247,7 @@ def _linear_codebook4(
     x_MK = x.reshape(-1, columns)
     if 0 < x_MK.shape[0] <= CODEBOOK4_PACKED_TOKENS:
         nested = None if nested_absmax is None else (nested_absmax, cast(Tensor, nested_offset), codebook.nested_code())
-        few = native.codebook4_product(x_MK, packed, absmax, nested, codebook.CODES[kind], out_features)
+        few = native_product.codebook4_product(x_MK, packed, absmax, nested, codebook.CODES[kind], out_features)
         if few is not None:
             return (few if bias is None else few.add_(bias)).view(*x.shape[:-1], out_features)
     if nested_absmax is not None and nested_offset is not None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlazy import native
+from qlazy import native_quantize
 from qlazy.errors import UsageError
 
 CPU_BLOCK_ELEMENTS = 1 << 17
@@ -62,7 +62,9 @@ def quantize_int4(
     rows, columns = weight_NK.shape
     group = _group_columns(group_size, columns)
     factors = _SYMMETRIC_FACTORS if symmetric else _ASYMMETRIC_FACTORS
-    compiled = native.quantize_int4(weight_NK, group_size=group, symmetric=symmetric, scale_dtype=scale_dtype, factors=factors)
+    compiled = native_quantize.quantize_int4(
+        weight_NK, group_size=group, symmetric=symmetric, scale_dtype=scale_dtype, factors=factors
+    )
     if compiled is not None:
         return compiled
     groups, device = columns // group, weight_NK.device

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from qlazy import codebook, native, ops, quantize
+from qlazy import codebook, native, native_product, native_quantize, ops, quantize
 
-compiled = pytest.mark.skipif(native._library() is None, reason="there is no C compiler here")
+compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
 
 
 def plain_int4(weight: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """`quantize_int4` as it runs without a compiler."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "quantize_int4", lambda *_, **__: None)
+        patch.setattr(native_quantize, "quantize_int4", lambda *_, **__: None)
         return quantize.quantize_int4(weight, **options)  # type: ignore[arg-type]
 
 
@@ -34,7 +33,7 @@ def awkward_weight(rows: int, columns: int) -> torch.Tensor:
 
 
 @compiled
-@pytest.mark.parametrize("group_size", native.GROUPS)
+@pytest.mark.parametrize("group_size", native_quantize.GROUPS)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
@@ -62,9 +61,9 @@ def test_a_bad_weight_shows_in_its_scale_alone(bad: float, position: int) -> Non
 @compiled
 def test_packing_equals_the_plain_packing() -> None:
     codes = torch.randint(0, 16, (192, 160), dtype=torch.uint8)
-    packed = native.pack_int4_cpu(codes)
+    packed = native_quantize.pack_int4_cpu(codes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "pack_int4_cpu", lambda _: None)
+        patch.setattr(native_quantize, "pack_int4_cpu", lambda _: None)
         assert packed is not None and (
             ops.cpu_int4_order() != (64, list(range(64))) or torch.equal(packed, ops.pack_int4_cpu(codes))
         )
@@ -73,23 +72,23 @@ def test_packing_equals_the_plain_packing() -> None:
 def test_stands_aside_for_what_it_does_not_take() -> None:
     weight = torch.randn(4, 64)
     options = {"symmetric": False, "scale_dtype": torch.bfloat16, "factors": (1.0,)}
-    assert native.quantize_int4(weight.half(), group_size=32, **options) is None  # type: ignore[arg-type]
-    assert native.quantize_int4(weight, group_size=64 * 4, **options) is None  # type: ignore[arg-type]
-    assert native.quantize_int4(weight.t(), group_size=32, **options) is None  # type: ignore[arg-type]
+    assert native_quantize.quantize_int4(weight.half(), group_size=32, **options) is None  # type: ignore[arg-type]
+    assert native_quantize.quantize_int4(weight, group_size=64 * 4, **options) is None  # type: ignore[arg-type]
+    assert native_quantize.quantize_int4(weight.t(), group_size=32, **options) is None  # type: ignore[arg-type]
 
 
 def test_without_a_compiler_the_plain_quantizer_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     weight = torch.randn(64, 64)
     options = {"group_size": 32, "symmetric": False, "scale_dtype": torch.float32}
     expected = quantize.quantize_int4(weight, **options)  # type: ignore[arg-type]
-    native._library.cache_clear()
+    native.library.cache_clear()
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setenv("CC", "/nowhere/cc")
-        assert native._library() is None
+        assert native.library() is None
         found = quantize.quantize_int4(weight, **options)  # type: ignore[arg-type]
     finally:
-        native._library.cache_clear()
+        native.library.cache_clear()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))  # type: ignore[arg-type]
 
 
@@ -101,9 +100,9 @@ def test_unpacking_equals_the_plain_unpacking(group_size: int) -> None:
     torch.manual_seed(0)
     packed = torch.randint(0, 256, (192, 128), dtype=torch.uint8)
     scale = torch.randn(256 // group_size, 192, 2).to(torch.bfloat16)
-    found = native.unpack_int4_cpu(packed, scale, 64, 192)
+    found = native_product.unpack_int4_cpu(packed, scale, 64, 192)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "unpack_int4_cpu", lambda *_: None)
+        patch.setattr(native_product, "unpack_int4_cpu", lambda *_: None)
         expected = ops.dequantize_int4_cpu_rows(packed, scale, torch.bfloat16, 64, 192)
     assert found is not None and torch.equal(found, expected)
 
@@ -133,26 +132,17 @@ def test_codebook_product_errs_no_more_than_torch_on_the_dequantized_weight(
     plain = (torch.nn.functional.linear(x, exact_weight.to(torch.bfloat16)) - exact).norm()
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found = native.codebook4_product(x, packed, stored, nested, codebook.CODES[kind], rows)
+        found = native_product.codebook4_product(x, packed, stored, nested, codebook.CODES[kind], rows)
         assert found is not None and found.dtype is torch.bfloat16
         assert (found - exact).norm() <= 2 * plain
-    assert native.codebook4_product(x[:, :100], packed, stored, nested, codebook.CODES[kind], rows) is None
-
-
-@compiled
-def test_a_forked_child_multiplies_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    native._workers()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if native._workers.cache_info().currsize == 0 else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    assert native_product.codebook4_product(x[:, :100], packed, stored, nested, codebook.CODES[kind], rows) is None
 
 
 @compiled
 def test_a_compiler_may_have_arguments_and_a_broken_library_is_made_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    native._library.cache_clear()
+    native.library.cache_clear()
     try:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setenv("CC", "cc -DNOTHING")
@@ -161,7 +151,7 @@ def test_a_compiler_may_have_arguments_and_a_broken_library_is_made_again(
         (tmp_path / "other").mkdir()
         made.rename(tmp_path / "other" / made.name)
         made.write_bytes(b"")
-        native._library.cache_clear()
+        native.library.cache_clear()
         assert native.available() and made.stat().st_size > 0
     finally:
-        native._library.cache_clear()
+        native.library.cache_clear()

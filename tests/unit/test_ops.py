@@ -44,7 +44,7 @@ def one_thread() -> Iterator[None]:
 def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything holds with the compiled loops and, as on a machine without a compiler, without them."""
     if request.param == "plain":
-        monkeypatch.setattr(native, "_library", lambda: None)
+        monkeypatch.setattr(native, "library", lambda: None)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
