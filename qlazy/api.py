@@ -14,6 +14,7 @@ from qlazy.plan import Plan, make_plan
 from qlazy.recipe import make_recipe
 from qlazy.report import Progress
 from qlazy.source import open_source
+from qlazy.trace import Trace, span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +104,7 @@ def load_quantized(
     drop_page_cache: bool = True,
     trust_remote_code: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    trace: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel:
     """Load a model with its linear layers in 4 or 8 bits, never holding more than that and a small ring.
 
@@ -132,6 +134,7 @@ def load_quantized(
         drop_page_cache: Give the file pages that the load brings in back to the kernel.
         trust_remote_code: Run Python code that lies in a local folder; none is downloaded.
         on_progress: Called a few times a second with a `Progress`.
+        trace: File to write a trace of the load to, for ui.perfetto.dev or chrome://tracing.
     Returns:
         The model in evaluation mode, a `transformers.PreTrainedModel`, with its `LoadReport` as `qlazy_report`.
     Raises:
@@ -157,15 +160,17 @@ def load_quantized(
         if on_progress is not None:
             on_progress(Progress(stage="download", done_bytes=done, total_bytes=total, host_bytes=0))
 
-    source = open_source(
-        model_id,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        on_progress=downloading,
-    )
-    return load(
+    taken = None if trace is None else Trace(trace)
+    with span(taken, "resolve"):
+        source = open_source(
+            model_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            on_progress=downloading,
+        )
+    model = load(
         source,
         recipe,
         make_budget(device_map, max_memory, reserve=reserve, max_model_len=max_model_len),
@@ -175,4 +180,8 @@ def load_quantized(
         drop_page_cache=drop_page_cache,
         trust_remote_code=trust_remote_code,
         on_progress=on_progress,
+        trace=taken,
     )
+    if taken is not None:
+        taken.write()
+    return model

@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from qlazy.errors import IncompleteCheckpoint
 from qlazy.source import TensorInfo
+from qlazy.trace import Trace
 
 
 class Files:
@@ -22,9 +24,11 @@ class Files:
 
     Args:
         drop_page_cache: Give back to the kernel the pages that the read brings in; those that were there before stay.
+        trace: Takes every read.
     """
 
-    def __init__(self, drop_page_cache: bool) -> None:
+    def __init__(self, drop_page_cache: bool, trace: Trace | None = None) -> None:
+        self._trace = trace
         self._drop = drop_page_cache and hasattr(os, "posix_fadvise")
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
@@ -43,6 +47,7 @@ class Files:
 
         Memory: a byte for each page that is read.
         """
+        began = time.perf_counter()
         descriptor = self._open(info)
         begin, view = info.offset + offset, memoryview(into.numpy().data)
         absent = list(_absent(descriptor, begin, len(view))) if self._drop else []
@@ -64,6 +69,8 @@ class Files:
             done += got
         for start, length in absent:
             os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+        if self._trace is not None:
+            self._trace.add("read", began, file=info.path.name, offset=begin, bytes=len(view))
         return into
 
     def close(self) -> None:

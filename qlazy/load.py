@@ -31,6 +31,7 @@ from qlazy.report import LoadReport, Progress
 from qlazy.source import Source
 from qlazy.stream import Stream, worker_count
 from qlazy.swap import swap_layers
+from qlazy.trace import Trace
 
 
 def load(
@@ -44,6 +45,7 @@ def load(
     drop_page_cache: bool = True,
     trust_remote_code: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    trace: Trace | None = None,
 ) -> PreTrainedModel:
     """Load an opened source. `qlazy.load_quantized` is this with the options spelled out, and documents them.
 
@@ -57,6 +59,7 @@ def load(
         drop_page_cache: Give the file pages that the load brings in back to the kernel.
         trust_remote_code: Run Python code from the model's folder.
         on_progress: Called a few times a second.
+        trace: Takes stages, reads and placements, and the meter's samples; the caller writes it.
     Returns:
         The model in evaluation mode, with its `LoadReport` as `qlazy_report`.
     Raises:
@@ -66,7 +69,7 @@ def load(
 
     Memory: as `qlazy.load_quantized`.
     """
-    clock = _Clock()
+    clock = _Clock(trace)
     for device in (d for d in budget.devices if d != "cpu"):
         torch.cuda.reset_peak_memory_stats(device)
     with Meter() as meter:
@@ -80,7 +83,9 @@ def load(
         plan = swap_layers(model, plan, match, source)
         clock.lap("build")
         placer = Placer(model, plan)
-        with Stream(match.fills, placer.place, worker_count(match.fills), drop_page_cache) as stream:
+        place = placer.place if trace is None else trace.placing(placer.place, plan)
+        with Stream(match.fills, place, worker_count(match.fills), drop_page_cache, trace) as stream:
+            meter.watch(lambda: stream.bytes_done)
             total = sum(fill.nbytes for fill in match.fills)
             for done in stream:
                 if on_progress is not None:
@@ -88,6 +93,9 @@ def load(
         clock.lap("stream")
         model = finish(model, plan, match, placer, source)
         clock.lap("finish")
+    if trace is not None:
+        trace.count("host memory", meter.started, meter.samples)
+        trace.count("bytes read", meter.started, meter.watched)
     loaded: Any = model
     loaded.qlazy_report = LoadReport(
         plan=plan,
@@ -99,6 +107,7 @@ def load(
         unexpected=list(match.unexpected),
         initialized=list(match.missing),
         samples=meter.samples,
+        read_samples=meter.watched,
         tensors_loaded=sum(len(fill.targets) for fill in match.fills),
     )
     return model
@@ -115,13 +124,16 @@ def _require_one_kind(plan: Plan) -> None:
 
 
 class _Clock:
-    """Seconds by stage, and in all."""
+    """Seconds by stage, and in all; each stage is an event of the trace."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None) -> None:
+        self._trace = trace
         self._start = self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def lap(self, stage: str) -> None:
+        if self._trace is not None:
+            self._trace.add(stage, self._last)
         now = time.perf_counter()
         self.seconds[stage] = now - self._last
         self.seconds["total"] = now - self._start

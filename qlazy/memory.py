@@ -7,6 +7,7 @@ import ctypes
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,20 +109,23 @@ def trim_heap() -> None:
 
 @dataclass(kw_only=True)
 class Meter:
-    """Samples the anonymous memory of this process on a thread while a `with` block runs.
+    """Samples the anonymous memory of this process, and a number to watch, on a thread while a `with` block runs.
 
-    Memory: one sample of two floats every `interval_s`.
+    Memory: two samples of two numbers every `interval_s`.
     """
 
     interval_s: float = 0.02
     """Seconds between samples."""
     samples: list[tuple[float, int]] = field(default_factory=list)
     """(seconds since the start, anonymous bytes)."""
+    watched: list[tuple[float, int]] = field(default_factory=list)
+    """(seconds since the start, the watched number), at the same times."""
 
     def __enter__(self) -> Meter:
         """Start sampling."""
         self._stop = threading.Event()
-        self._start = time.perf_counter()
+        self.started = time.perf_counter()
+        self._number: Callable[[], int] = int
         self._sample()
         self._thread = threading.Thread(target=self._run, name="qlazy-meter", daemon=True)
         self._thread.start()
@@ -132,6 +136,14 @@ class Meter:
         self._stop.set()
         self._thread.join()
         self._sample()
+
+    def watch(self, number: Callable[[], int]) -> None:
+        """Sample a number as well; until it is given, 0 is noted.
+
+        Args:
+            number: Tells it, on the meter's thread.
+        """
+        self._number = number
 
     @property
     def baseline_bytes(self) -> int:
@@ -148,7 +160,9 @@ class Meter:
             self._sample()
 
     def _sample(self) -> None:
-        self.samples.append((time.perf_counter() - self._start, anonymous_bytes()))
+        seconds = time.perf_counter() - self.started
+        self.samples.append((seconds, anonymous_bytes()))
+        self.watched.append((seconds, self._number()))
 
 
 def _cgroup_free() -> int:

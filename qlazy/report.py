@@ -47,6 +47,8 @@ class LoadReport:
     """Parameters that no checkpoint holds and transformers initializes."""
     samples: list[tuple[float, int]] = field(default_factory=list)
     """Anonymous host memory over time: seconds since the start, bytes."""
+    read_samples: list[tuple[float, int]] = field(default_factory=list)
+    """Bytes read and placed over time, at the same seconds."""
     tensors_loaded: int = 0
     """Tensors of the model that were filled."""
 
@@ -206,6 +208,7 @@ def report_to_json(report: LoadReport) -> dict[str, Any]:
         "unexpected": report.unexpected,
         "initialized": report.initialized,
         "samples": [list(sample) for sample in report.samples],
+        "read_samples": [list(sample) for sample in report.read_samples],
     }
 
 

@@ -23,6 +23,7 @@ from qlazy.fill import Fill, row_count
 from qlazy.memory import trim_heap
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.source import TensorInfo
+from qlazy.trace import Trace
 
 PROGRESS_INTERVAL_S = 0.1
 """Seconds between two looks at the progress."""
@@ -61,12 +62,14 @@ class Stream:
         place: What to do with each chunk, on a worker thread.
         workers: Number of threads, each with one slot.
         drop_page_cache: Give back to the kernel the file pages that this read brought in, and only those.
+        trace: Takes every read.
     """
 
     fills: tuple[Fill, ...]
     place: Place
     workers: int
     drop_page_cache: bool = True
+    trace: Trace | None = None
     bytes_done: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _whole: threading.Lock = field(default_factory=threading.Lock)
@@ -76,7 +79,7 @@ class Stream:
         self._stop = threading.Event()
         self._slot_bytes = slot_bytes(self.fills, self.workers)
         self._chunks = iter(plan_chunks(self.fills, self._slot_bytes))
-        self._files = Files(self.drop_page_cache)
+        self._files = Files(self.drop_page_cache, self.trace)
         self._torch_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qlazy-load")
         self._running = {self._pool.submit(self._work) for _ in range(self.workers)}

@@ -48,6 +48,7 @@ TORCH_FREE = [
     "qlazy.errors",
     "qlazy.formats",
     "qlazy.memory",
+    "qlazy.outfile",
     "qlazy.plan",
     "qlazy.plan_data",
     "qlazy.plan_devices",
@@ -61,6 +62,7 @@ TORCH_FREE = [
     "qlazy.source_hub_client",
     "qlazy.source_index",
     "qlazy.source_safetensors",
+    "qlazy.trace",
 ]
 
 
