@@ -3,8 +3,7 @@
 Shape legend, used in names all over qlazy:
     M = tokens, N = out_features (rows), K = in_features (columns), G = groups along K, P = packed elements along K.
 
-Logical layout (compressed-tensors `pack-quantized`; the one that is saved, and the one in memory unless a backend says
-otherwise)::
+One layout, in memory on every device as on disk (that of compressed-tensors `pack-quantized`)::
 
     Int4   weight_packed      int32 (N, ceil(K/8))   word p of a row holds k = 8p..8p+7, 4 bits each, k = 8p in bits 0-3;
                                                      a nibble holds code = q + 8, q in [-8, 7]
@@ -15,15 +14,10 @@ otherwise)::
     NF4    weight_packed      uint8 (ceil(N*K/2),)   bitsandbytes: flat row-major, even element in the *high* nibble
     FP4    absmax             float32 (B,)           B = ceil(N*K/64) blocks; with double quantization instead:
            absmax_packed      uint8 (B,), nested_absmax float32 (ceil(B/256),), nested_offset float32 ()
-
-CPU layout of Int4 (`Layout.CPU_INT4`, in place of the logical one, never beside it and never saved, as its bit order depends on
-the processor): weight_packed uint8 (N, K/2) as `aten::_convert_weight_to_int4pack_for_cpu` orders it, weight_scale
-bfloat16 (G, N, 2) with [..., 0] = scale and [..., 1] = (8 - zero) * scale.
 """
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass
 
@@ -35,13 +29,6 @@ BNB_BLOCK = 64
 
 BNB_NESTED_BLOCK = 256
 """Absmax values that share one nested absmax under double quantization."""
-
-
-class Layout(enum.Enum):
-    """How the packed bytes of a weight lie in memory."""
-
-    LOGICAL = "logical"
-    CPU_INT4 = "cpu-int4"
 
 
 @dataclass(frozen=True)
@@ -79,14 +66,9 @@ class Int4:
         """The same format, per channel where the group does not divide `columns`."""
         return self if _divides(self.group_size, columns) else Int4(group_size=-1, symmetric=self.symmetric)
 
-    def storage(self, rows: int, columns: int, dtype: str, layout: Layout = Layout.LOGICAL) -> dict[str, Storage]:
+    def storage(self, rows: int, columns: int, dtype: str) -> dict[str, Storage]:
         """Tensors that hold a weight of `rows` x `columns` whose scales are in `dtype`, by name."""
         groups = _groups(self.group_size, columns)
-        if layout is Layout.CPU_INT4:
-            return {
-                "weight_packed": Storage((rows, columns // 2), "uint8"),
-                "weight_scale": Storage((groups, rows, 2), "bfloat16"),
-            }
         stored = {
             "weight_packed": Storage((rows, -(-columns // 8)), "int32"),
             "weight_scale": Storage((rows, groups), dtype),
@@ -94,12 +76,6 @@ class Int4:
         if not self.symmetric:
             stored["weight_zero_point"] = Storage((-(-rows // 8), groups), "int32")
         return stored
-
-    def layout(self, rows: int, columns: int, dtype: str, device: str) -> Layout:
-        """Layout of a weight on `device`: the CPU's own where torch's int4 product takes the shape, else the logical one."""
-        group = columns if self.group_size == -1 else self.group_size
-        fits = rows % 64 == 0 and columns % group == 0 and group in (32, 64, 128, 256)
-        return Layout.CPU_INT4 if device == "cpu" and dtype == "bfloat16" and fits else Layout.LOGICAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +96,10 @@ class Int8:
         """The same format, per channel where the group does not divide `columns`."""
         return self if _divides(self.group_size, columns) else Int8()
 
-    def storage(self, rows: int, columns: int, dtype: str, layout: Layout = Layout.LOGICAL) -> dict[str, Storage]:
+    def storage(self, rows: int, columns: int, dtype: str) -> dict[str, Storage]:
         """Tensors that hold a weight of `rows` x `columns` whose scales are in `dtype`, by name."""
         groups = _groups(self.group_size, columns)
         return {"weight_packed": Storage((rows, columns), "int8"), "weight_scale": Storage((rows, groups), dtype)}
-
-    def layout(self, rows: int, columns: int, dtype: str, device: str) -> Layout:
-        """Always the logical layout."""
-        return Layout.LOGICAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +123,7 @@ class Codebook4:
         """The same format: blocks run over the flat weight, so any number of columns will do."""
         return self
 
-    def storage(self, rows: int, columns: int, dtype: str, layout: Layout = Layout.LOGICAL) -> dict[str, Storage]:
+    def storage(self, rows: int, columns: int, dtype: str) -> dict[str, Storage]:
         """Tensors that hold a weight of `rows` x `columns`, by name; `dtype` does not matter, statistics are float32."""
         count = rows * columns
         blocks = -(-count // BNB_BLOCK)
@@ -164,18 +136,13 @@ class Codebook4:
             "nested_offset": Storage((), "float32"),
         }
 
-    def layout(self, rows: int, columns: int, dtype: str, device: str) -> Layout:
-        """Always the logical layout."""
-        return Layout.LOGICAL
-
 
 Format = Int4 | Int8 | Codebook4
 
 
-def packed_nbytes(fmt: Format, rows: int, columns: int, dtype: str, device: str) -> int:
-    """Bytes that a weight of `rows` x `columns` takes in `fmt` on `device`, scales and zeros included."""
-    layout = fmt.layout(rows, columns, dtype, device)
-    return sum(s.nbytes for s in fmt.storage(rows, columns, dtype, layout).values())
+def packed_nbytes(fmt: Format, rows: int, columns: int, dtype: str) -> int:
+    """Bytes that a weight of `rows` x `columns` takes in `fmt`, scales and zeros included."""
+    return sum(stored.nbytes for stored in fmt.storage(rows, columns, dtype).values())
 
 
 def _groups(group_size: int, columns: int) -> int:

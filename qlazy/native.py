@@ -39,11 +39,10 @@ THREAD_FLAGS = ("-fopenmp",), ()
 _A, _I = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
     "qlazy_quantize_int4": (_A, _I, _I, _A, _A, _A, _A),
-    "qlazy_pack_int4_cpu": (_A, _I, _I, _A),
-    "qlazy_unpack_int4_cpu": (_A, _A, _I, _I, _I, _I, _A),
-    "qlazy_codebook4_product": (_A, _A, _I, _I, _A),
+    "qlazy_linear": (_A,),
+    "qlazy_dequantize": (_A,),
 }
-"""Each compiled loop and its arguments: addresses and 64-bit integers; none returns anything."""
+"""Each compiled loop and its arguments, addresses and 64-bit integers; those that can fail return 0 where they did not."""
 
 _compiling = threading.Lock()
 
@@ -83,7 +82,7 @@ def library() -> ctypes.CDLL | None:
                 opened = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
                 for name, argtypes in SIGNATURES.items():
                     loop = getattr(opened, name)
-                    loop.argtypes, loop.restype = argtypes, None
+                    loop.argtypes, loop.restype = argtypes, _I
                 return opened
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 stderr = getattr(error, "stderr", b"") or b""

@@ -3,93 +3,158 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlazy import native
 
+INT4, INT8, CODEBOOK4 = range(3)
+"""Kinds of weight, as in `csrc/product.c`."""
 
-class _Codebook4(ctypes.Structure):
-    _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("absmax", ctypes.c_void_p),
-        ("absmax_packed", ctypes.c_void_p),
-        ("nested_absmax", ctypes.c_void_p),
-        ("nested_code", ctypes.c_void_p),
-        ("nested_offset", ctypes.c_float),
-        ("code", ctypes.c_float * 16),
-        ("columns", ctypes.c_int64),
-        ("all_rows", ctypes.c_int64),
-    )
+_DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
+_A, _I = ctypes.c_void_p, ctypes.c_int64
+_WEIGHT = [(name, _A) for name in ("packed", "scale", "zero", "nested_absmax", "nested_offset", "nested_code", "code")]
 
 
-def codebook4_product(
-    x_MK: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested: tuple[Tensor, Tensor, Tensor] | None,
-    code: Tensor,
-    out_features: int,
-) -> Tensor | None:
-    """Multiply a few tokens by an NF4 or FP4 weight without unpacking it.
+class Weight(NamedTuple):
+    """A low-bit weight as the loops read it; all tensors on the host and contiguous."""
+
+    kind: int
+    """`INT4`, `INT8` or `CODEBOOK4`."""
+    shape: tuple[int, int]
+    """N and K."""
+    group_size: int
+    """Columns that share a scale, a divisor of K."""
+    packed: Tensor
+    """As `qlazy.formats` has it."""
+    scale: Tensor
+    """(N, G) in any float dtype; of codebooks the absmax, float32 or where nested uint8, for every 64 weights."""
+    zero: Tensor | None = None
+    """int32 (ceil(N/8), G); None where symmetric."""
+    nested: tuple[Tensor, Tensor, Tensor] | None = None
+    """Nested absmax, offset, and the 256 values of `scale`."""
+    code: Tensor | None = None
+    """float32 (16,), the values of a codebook."""
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *_WEIGHT,
+        ("x", _A),
+        ("bias", _A),
+        ("y", _A),
+        ("kind", _I),
+        ("scale_dtype", _I),
+        ("x_dtype", _I),
+        ("y_dtype", _I),
+        ("bias_dtype", _I),
+        ("tokens", _I),
+        ("rows", _I),
+        ("columns", _I),
+        ("group", _I),
+        ("threads", _I),
+    ]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *_WEIGHT,
+        ("out", _A),
+        ("kind", _I),
+        ("scale_dtype", _I),
+        ("out_dtype", _I),
+        ("first", _I),
+        ("rows", _I),
+        ("columns", _I),
+        ("group", _I),
+        ("threads", _I),
+    ]
+
+
+def linear(x_MK: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
+    """Multiply a few tokens by a low-bit weight without unpacking it; each packed byte is read from memory once.
+
+    Columns of x become 16-bit integers with one scale for every 32 of them (two such planes in float32), products are summed
+    exactly within a vector lane and then in float32: the error is that of rounding y, as in torch's own product.
 
     Args:
-        x_MK: (M, K) in any float dtype, K a multiple of 64.
-        packed: uint8, the weight's codes.
-        absmax: float32 for every 64 weights, or uint8 where `nested`.
-        nested: Nested absmax, offset, and the 256 values of `absmax`; None where it is float32.
-        code: float32 (16,), the values of the codes.
-        out_features: N.
+        x_MK: (M, K) in bfloat16, float16 or float32.
+        weight: The weight.
+        bias: (N,), or None.
 
     Returns:
-        (M, N) in the dtype of `x_MK`, summed in float32; None where the loop does not take it, or there is no compiler.
+        (M, N) in the dtype of `x_MK`; None where the loop does not take it, or there is no compiler.
 
-    Memory: the result and `x_MK` in float32.
+    Memory: the result and ten bytes for each element of x.
     """
     loops = native.library()
-    tokens, columns = x_MK.shape
-    if loops is None or columns % 64 or x_MK.device.type != "cpu" or not native.on_cpu(packed, absmax):
+    if loops is None or not _taken(weight, x_MK.dtype) or x_MK.device.type != "cpu" or x_MK.shape[0] == 0:
         return None
-    sorted_MK = x_MK.float().view(tokens, -1, 32, 2).transpose(2, 3).contiguous()
-    y_MN = torch.empty((tokens, out_features), dtype=torch.float32)
-    weight = _Codebook4(
-        packed=packed.data_ptr(),
-        absmax=None if nested else absmax.data_ptr(),
-        absmax_packed=absmax.data_ptr() if nested else None,
-        nested_absmax=nested[0].data_ptr() if nested else None,
-        nested_offset=float(nested[1]) if nested else 0.0,
-        nested_code=nested[2].data_ptr() if nested else None,
-        code=(ctypes.c_float * 16)(*code.tolist()),
-        columns=columns,
-        all_rows=out_features,
+    x_MK = x_MK.contiguous()
+    rows, columns = weight.shape
+    y_MN = torch.empty((x_MK.shape[0], rows), dtype=x_MK.dtype)
+    product = _Product(
+        *_addresses(weight),
+        x_MK.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y_MN.data_ptr(),
+        weight.kind,
+        _DTYPES.get(weight.scale.dtype, 1),
+        _DTYPES[x_MK.dtype],
+        _DTYPES[x_MK.dtype],
+        0 if bias is None else _DTYPES[bias.dtype],
+        x_MK.shape[0],
+        rows,
+        columns,
+        weight.group_size,
+        torch.get_num_threads(),
     )
-
-    loops.qlazy_codebook4_product(
-        ctypes.addressof(weight), sorted_MK.data_ptr(), tokens, torch.get_num_threads(), y_MN.data_ptr()
-    )
-    return y_MN.to(x_MK.dtype)
+    return None if loops.qlazy_linear(ctypes.addressof(product)) else y_MN
 
 
-def unpack_int4_cpu(packed: Tensor, scale: Tensor, start: int, stop: int) -> Tensor | None:
-    """Dequantize rows of a weight in torch's AVX-512 order.
+def dequantize(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor | None:
+    """Rows of a weight as the model computes with them: code times scale in float32, rounded once.
 
     Args:
-        packed: uint8 (N, K/2).
-        scale: bfloat16 (G, N, 2): scale, and (8 - zero) * scale.
-        start: First row, a multiple of 64.
-        stop: One past the last row, likewise.
+        weight: The weight.
+        dtype: Of the result.
+        start: First row.
+        stop: One past the last row.
 
     Returns:
-        bfloat16 (K, stop - start), the transpose of the rows; None where there is no compiler.
+        (stop - start, K); None where the loop does not take it, or there is no compiler.
 
     Memory: the result.
     """
     loops = native.library()
-    if loops is None or not native.on_cpu(packed, scale):
+    if loops is None or not _taken(weight, dtype):
         return None
-    all_rows, columns = packed.shape[0], packed.shape[1] * 2
-    out = torch.empty((columns, stop - start), dtype=torch.bfloat16)
-    first_packed, first_scale = packed[start:].data_ptr(), scale[0, start:].data_ptr()
-    loops.qlazy_unpack_int4_cpu(first_packed, first_scale, stop - start, columns, scale.shape[0], all_rows, out.data_ptr())
-    return out
+    rows = torch.empty((stop - start, weight.shape[1]), dtype=dtype)
+    block = _Block(
+        *_addresses(weight),
+        rows.data_ptr(),
+        weight.kind,
+        _DTYPES.get(weight.scale.dtype, 1),
+        _DTYPES[dtype],
+        start,
+        stop - start,
+        weight.shape[1],
+        weight.group_size,
+        torch.get_num_threads(),
+    )
+    loops.qlazy_dequantize(ctypes.addressof(block))
+    return rows
+
+
+def _taken(weight: Weight, dtype: torch.dtype) -> bool:
+    columns, group = weight.shape[1], weight.group_size
+    shapes = columns % 8 == 0 and (group % 32 == 0 or group == columns) and (weight.kind != CODEBOOK4 or columns % 64 == 0)
+    return shapes and dtype in _DTYPES and native.on_cpu(weight.packed, weight.scale)
+
+
+def _addresses(weight: Weight) -> tuple[int | None, ...]:
+    nested = (None, None, None) if weight.nested is None else weight.nested
+    tensors = (weight.packed, weight.scale, weight.zero, *nested, weight.code)
+    return tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)

@@ -70,23 +70,3 @@ def quantize_int4(
         zero.data_ptr(),
     )
     return codes, scale.to(scale_dtype), None if symmetric else zero
-
-
-def pack_int4_cpu(codes_NK: Tensor) -> Tensor | None:
-    """Pack codes in torch's AVX-512 order.
-
-    Args:
-        codes_NK: uint8 (N, K), contiguous; N a multiple of 64.
-
-    Returns:
-        uint8 (N, K/2); None where there is no compiler.
-
-    Memory: the result.
-    """
-    loops = native.library()
-    if loops is None or not native.on_cpu(codes_NK):
-        return None
-    rows, columns = codes_NK.shape
-    packed = torch.empty((rows, columns // 2), dtype=torch.uint8)
-    loops.qlazy_pack_int4_cpu(codes_NK.data_ptr(), rows, columns, packed.data_ptr())
-    return packed

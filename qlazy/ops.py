@@ -1,236 +1,181 @@
 """Products with low-bit weights: one torch op a format, with what each device does best behind it.
 
     qlazy::linear_int4, qlazy::linear_int8, qlazy::linear_codebook4     y_MN = x_MK @ W_NK.T + bias_N
+    the same with `_backward`                                           grad_MK = grad_MN @ W_NK
 
 Registered with `torch.library`, so that `torch.compile` sees one opaque op and the choice by number of tokens never recompiles.
-On a CPU a few tokens go to torch's packed int4 and int8 products, which read each weight once; many tokens go through blocks of
-rows that are dequantized into a small scratch and multiplied in the dtype of `x`.
+On a CPU a few tokens go to compiled loops, which read each packed weight once and unpack nothing to memory; many tokens go
+through blocks of rows that are dequantized into a small scratch and multiplied in the dtype of `x` by torch's own product.
 """
 
 from __future__ import annotations
-
-import functools
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qlazy import codebook, native, native_product, native_quantize
+from qlazy import codebook, native_product
 from qlazy.formats import BNB_BLOCK
+from qlazy.native_product import CODEBOOK4, INT4, INT8, Weight
 from qlazy.packing import unpack_int4, unpack_zero_points
 
 BLOCK_ROWS = 256
-"""Rows dequantized at a time: a multiple of 64, so that a block starts on a block of every layout."""
+"""Rows dequantized at a time: a multiple of 64, so that a block starts on a block of every format."""
 
-INT4_PACKED_TOKENS = 24
-"""Up to this many tokens torch's int4 product is faster than dequantizing (measured on AVX-512, see docs/decisions)."""
-
-INT4_PACKED_TOKENS_PLAIN = 96
-"""The same where no compiled loop dequantizes."""
-
-INT8_PACKED_TOKENS = 24
-"""The same for the int8 product, which falls behind sooner as it has no blocking over tokens."""
-
-CODEBOOK4_PACKED_TOKENS = 32
-"""Up to this many tokens the compiled NF4 and FP4 product is faster, which unpacks anew for every token."""
+FEW_TOKENS = {INT4: 16, INT8: 16, CODEBOOK4: 16}
+"""Up to this many tokens the compiled products are faster than dequantizing (measured, see docs/decisions/0005)."""
 
 _library = torch.library.Library("qlazy", "DEF")
-_library.define(
-    "linear_int4(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int in_features, bool cpu_layout) -> Tensor"
+_INT4 = "Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int in_features"
+_INT8 = "Tensor packed, Tensor scale, Tensor? bias"
+_CODEBOOK4 = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor? bias, int out_features, str kind"
 )
-_library.define("linear_int8(Tensor x, Tensor packed, Tensor scale, Tensor? bias) -> Tensor")
-_library.define(
-    "linear_codebook4(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor? bias, "
-    "int out_features, str kind) -> Tensor"
-)
+_library.define(f"linear_int4(Tensor x, {_INT4}) -> Tensor")
+_library.define(f"linear_int8(Tensor x, {_INT8}) -> Tensor")
+_library.define(f"linear_codebook4(Tensor x, {_CODEBOOK4}) -> Tensor")
+_library.define(f"linear_int4_backward(Tensor grad, {_INT4}) -> Tensor")
+_library.define(f"linear_int8_backward(Tensor grad, {_INT8}) -> Tensor")
+_library.define(f"linear_codebook4_backward(Tensor grad, {_CODEBOOK4}, int in_features) -> Tensor")
 
 
-def dequantize_int4_rows(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, columns: int, dtype: torch.dtype, start: int, stop: int
-) -> Tensor:
-    """Rows `start` to `stop` of an int4 weight in the logical layout.
+def dequantize_rows(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    """Rows of a weight as the model computes with them.
+
+    Args:
+        weight: On any device.
+        dtype: Of the result.
+        start: First row, a multiple of 64.
+        stop: One past the last row.
+
+    Returns:
+        (stop - start, K): the product of code and scale, rounded once.
+
+    Memory: the result; without the compiled loops about five bytes for each element more.
+    """
+    rows = native_product.dequantize(weight, dtype, start, stop)
+    if rows is not None:
+        return rows
+    plain = {INT4: _plain_int4, INT8: _plain_int8, CODEBOOK4: _plain_codebook4}[weight.kind]
+    return plain(weight, dtype, start, stop)
+
+
+def _plain_int4(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    rows, columns, groups = stop - start, weight.shape[1], weight.scale.shape[1]
+    codes = unpack_int4(weight.packed[start:stop], columns)
+    zeros = 8 if weight.zero is None else unpack_zero_points(weight.zero[start // 8 : -(-stop // 8)], rows).unsqueeze(2)
+    centred = codes.view(rows, groups, columns // groups).to(torch.float32).sub_(zeros)
+    return centred.mul_(weight.scale[start:stop].unsqueeze(2)).view(rows, columns).to(dtype)
+
+
+def _plain_int8(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    block, factors = weight.packed[start:stop], weight.scale[start:stop]
+    grouped = block.view(stop - start, factors.shape[1], -1)
+    # Codes of 8 bits are exact in every float dtype, and a product of two elements of one dtype is rounded once.
+    return (grouped.to(factors.dtype) * factors.unsqueeze(2)).view(block.shape).to(dtype)
+
+
+def _plain_codebook4(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    columns, absmax = weight.shape[1], weight.scale
+    if weight.nested is not None:
+        absmax = codebook.unnest_absmax(absmax, weight.nested[0], weight.nested[1])
+    kind = "nf4" if weight.code is codebook.CODES["nf4"] else "fp4"
+    flat = codebook.dequantize_blocks(weight.packed, absmax, kind, dtype, start * columns, (stop - start) * columns)
+    return flat.view(stop - start, columns)
+
+
+def int4_weight(packed: Tensor, scale: Tensor, zero: Tensor | None, in_features: int) -> Weight:
+    """An int4 weight from its stored tensors.
 
     Args:
         packed: int32 (N, ceil(K/8)).
         scale: (N, G).
         zero: int32 (ceil(N/8), G), or None where symmetric.
-        columns: K.
-        dtype: Of the result.
-        start: First row, a multiple of 8.
-        stop: One past the last row.
-    Returns:
-        (stop - start, K); the product (code - zero) * scale is rounded once.
-
-    Memory: five bytes for each element of the block.
-    """
-    rows, groups = stop - start, scale.shape[1]
-    codes = unpack_int4(packed[start:stop], columns)
-    zeros = 8 if zero is None else unpack_zero_points(zero[start // 8 : -(-stop // 8)], rows).unsqueeze(2)
-    centred = codes.view(rows, groups, columns // groups).to(torch.float32).sub_(zeros)
-    return centred.mul_(scale[start:stop].unsqueeze(2)).view(rows, columns).to(dtype)
-
-
-def dequantize_int4_cpu_rows(packed: Tensor, scale: Tensor, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-    """Rows `start` to `stop` of an int4 weight in the CPU layout, transposed.
-
-    Args:
-        packed: uint8 (N, K/2).
-        scale: bfloat16 (G, N, 2): scale, and (8 - zero) * scale.
-        dtype: Of the result.
-        start: First row, a multiple of 64.
-        stop: One past the last row, likewise.
-    Returns:
-        (K, stop - start), the transpose of the rows.
-
-    Memory: six bytes for each element of the block.
-    """
-    rows, columns = stop - start, packed.shape[1] * 2
-    width, order = cpu_int4_order()
-    if width == 64 and order == list(range(64)):
-        compiled = native_product.unpack_int4_cpu(packed, scale, start, stop)
-        if compiled is not None:
-            return compiled.to(dtype)
-    blocks, groups = rows // width, scale.shape[0]
-    nibbles = packed[start:stop].view(blocks, columns, width // 2)
-    centred = torch.empty(blocks, columns, width, dtype=torch.bfloat16)
-    low, high = order[: width // 2], order[width // 2 :]
-    if low[-1] == width // 2 - 1:
-        centred[..., : width // 2] = nibbles & 15
-        centred[..., width // 2 :] = nibbles >> 4
-    else:
-        centred[..., low] = (nibbles & 15).to(torch.bfloat16)
-        centred[..., high] = (nibbles >> 4).to(torch.bfloat16)
-    centred = centred.sub_(8).view(blocks, groups, columns // groups, width)
-    both = scale.view(groups, -1, width, 2)[:, start // width : stop // width].permute(1, 0, 2, 3).unsqueeze(2)
-    weight = torch.addcmul(both[..., 1], centred, both[..., 0])
-    return weight.reshape(blocks, columns, width).permute(1, 0, 2).reshape(columns, rows).to(dtype)
-
-
-def pack_int4_cpu(codes: Tensor) -> Tensor:
-    """Pack 4-bit codes as this processor's int4 product wants them.
-
-    Args:
-        codes: uint8 (rows, K) in [0, 15]; rows a multiple of 64.
-    Returns:
-        uint8 (rows, K/2): blocks of rows, in each block all columns, in each column one byte for two rows.
-
-    Memory: two bytes for each code.
-    """
-    rows, columns = codes.shape
-    width, order = cpu_int4_order()
-    if width == 64 and order == list(range(64)):
-        compiled = native_quantize.pack_int4_cpu(codes)
-        if compiled is not None:
-            return compiled
-    blocks = codes.view(rows // width, width, columns)
-    low, high = order[: width // 2], order[width // 2 :]
-    halves = (blocks[:, low] | (blocks[:, high] << 4)).transpose(1, 2)
-    return halves.reshape(rows, columns // 2).contiguous()
-
-
-def unpack_int4_cpu(packed: Tensor) -> Tensor:
-    """Undo `pack_int4_cpu`.
-
-    Args:
-        packed: uint8 (rows, K/2); rows a multiple of 64.
-    Returns:
-        Codes, uint8 (rows, K).
-
-    Memory: four bytes for each packed byte.
-    """
-    rows, columns = packed.shape[0], packed.shape[1] * 2
-    width, order = cpu_int4_order()
-    nibbles = packed.view(rows // width, columns, width // 2).transpose(1, 2)
-    codes = torch.empty(rows // width, width, columns, dtype=torch.uint8)
-    codes[:, order[: width // 2]] = nibbles & 15
-    codes[:, order[width // 2 :]] = nibbles >> 4
-    return codes.view(rows, columns)
-
-
-@functools.cache
-def cpu_int4_order() -> tuple[int, list[int]]:
-    """How `aten::_convert_weight_to_int4pack_for_cpu` orders rows here: AVX-512, AVX2 and plain builds differ.
-
-    Learned by packing known codes, so that packed bytes can be made by row blocks and given back exactly.
+        in_features: K.
 
     Returns:
-        Rows in a block, and the row of each nibble of one column: first all low nibbles, then all high ones.
+        The weight.
     """
-    rows, columns = 64, 32
-    number = torch.arange(rows, dtype=torch.int32)[:, None].expand(rows, columns).contiguous()
-    pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-    low_digit, high_digit = pack(number % 16, 1), pack(number // 16, 1)
-    for width in (64, 32, 16):
-        digits = [p.view(rows // width, columns, width // 2) for p in (low_digit, high_digit)]
-        found = torch.cat([(digits[0] & 15) + 16 * (digits[1] & 15), (digits[0] >> 4) + 16 * (digits[1] >> 4)], -1)
-        order = found[0, 0].tolist()
-        starts = torch.arange(0, rows, width)[:, None, None]
-        if sorted(order) == list(range(width)) and bool((found == found[0, 0] + starts).all()):
-            return width, order
-    raise RuntimeError("torch orders int4 weights on this processor in a way that qlazy does not know; use --device-map cuda")
+    return Weight(INT4, (packed.shape[0], in_features), in_features // scale.shape[1], packed, scale, zero)
 
 
-def _linear_int4(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, in_features: int, cpu_layout: bool
-) -> Tensor:
-    x_MK = x.reshape(-1, in_features)
-    rows = packed.shape[0]
-    few = INT4_PACKED_TOKENS if native.available() else INT4_PACKED_TOKENS_PLAIN
-    if cpu_layout and x_MK.shape[0] <= few:
-        # Only bfloat16 is vectorised, and the op reads x with aligned loads; a fresh cast or copy is both.
-        group_size = in_features // scale.shape[0]
-        y_MN: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(_aligned(x_MK), packed, group_size, scale)
-        y_MN = y_MN.to(x.dtype)
-    else:
-        y_MN = x.new_empty(x_MK.shape[0], rows)
-        for start in range(0, rows, BLOCK_ROWS):
-            stop = min(rows, start + BLOCK_ROWS)
-            if cpu_layout:
-                y_MN[:, start:stop] = x_MK @ dequantize_int4_cpu_rows(packed, scale, x.dtype, start, stop)
-            else:
-                weight = dequantize_int4_rows(packed, scale, zero, in_features, x.dtype, start, stop)
-                y_MN[:, start:stop] = linear(x_MK, weight)
-    if bias is not None:
-        y_MN += bias
-    return y_MN.view(*x.shape[:-1], rows)
-
-
-def _linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    rows, columns = packed.shape
-    x_MK = x.reshape(-1, columns)
-    # K % 16 != 0 gives garbage in the packed product, and grouped scales it does not know.
-    packed_product = x.device.type == "cpu" and scale.shape[1] == 1 and columns % 16 == 0 and scale.dtype == torch.bfloat16
-    if packed_product and x_MK.shape[0] <= INT8_PACKED_TOKENS:
-        y_MN: Tensor = torch.ops.aten._weight_int8pack_mm(_aligned(x_MK), packed, scale.view(-1)).to(x.dtype)
-    else:
-        y_MN = x.new_empty(x_MK.shape[0], rows)
-        for start in range(0, rows, BLOCK_ROWS):
-            stop = min(rows, start + BLOCK_ROWS)
-            y_MN[:, start:stop] = linear(x_MK, dequantize_int8_rows(packed, scale, x.dtype, start, stop))
-    if bias is not None:
-        y_MN += bias
-    return y_MN.view(*x.shape[:-1], rows)
-
-
-def dequantize_int8_rows(packed: Tensor, scale: Tensor, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-    """Rows `start` to `stop` of an int8 weight.
+def int8_weight(packed: Tensor, scale: Tensor) -> Weight:
+    """An int8 weight from its stored tensors.
 
     Args:
         packed: int8 (N, K).
         scale: (N, G).
-        dtype: Of the result.
-        start: First row.
-        stop: One past the last row.
-    Returns:
-        (stop - start, K); q * scale, rounded once.
 
-    Memory: six bytes for each element of the block.
+    Returns:
+        The weight.
     """
-    block, factors = packed[start:stop], scale[start:stop]
-    grouped = block.view(stop - start, factors.shape[1], -1)
-    # Codes of 8 bits are exact in every float dtype, and a product of two elements of one dtype is rounded once.
-    return (grouped.to(factors.dtype) * factors.unsqueeze(2)).view(block.shape).to(dtype)
+    rows, columns = packed.shape
+    return Weight(INT8, (rows, columns), columns // scale.shape[1], packed, scale)
+
+
+def codebook4_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: tuple[int, int],
+    kind: str,
+) -> Weight:
+    """An NF4 or FP4 weight from its stored tensors.
+
+    Args:
+        packed: uint8 (ceil(N*K/2),).
+        absmax: float32 (B,), or uint8 where nested.
+        nested_absmax: float32 (ceil(B/256),), or None.
+        nested_offset: float32 (), or None.
+        shape: N and K.
+        kind: `nf4` or `fp4`.
+
+    Returns:
+        The weight.
+    """
+    nested = None
+    if nested_absmax is not None and nested_offset is not None:
+        nested = (nested_absmax, nested_offset, codebook.nested_code())
+    return Weight(CODEBOOK4, shape, BNB_BLOCK, packed, absmax, None, nested, codebook.CODES[kind])
+
+
+def _product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    rows, columns = weight.shape
+    x_MK = x.reshape(-1, columns)
+    tokens = x_MK.shape[0]
+    if tokens <= FEW_TOKENS[weight.kind]:
+        few = native_product.linear(x_MK, weight, bias)
+        if few is not None:
+            return few.view(*x.shape[:-1], rows)
+    y_MN = x.new_empty(tokens, rows)
+    for start in range(0, rows, BLOCK_ROWS):
+        stop = min(rows, start + BLOCK_ROWS)
+        y_MN[:, start:stop] = linear(x_MK, dequantize_rows(weight, x.dtype, start, stop))
+    if bias is not None:
+        y_MN += bias
+    return y_MN.view(*x.shape[:-1], rows)
+
+
+def _product_backward(grad: Tensor, weight: Weight) -> Tensor:
+    rows, columns = weight.shape
+    grad_MN = grad.reshape(-1, rows)
+    # Summed in float32: the blocks are parts of one sum.
+    total = torch.zeros(grad_MN.shape[0], columns, dtype=torch.float32, device=grad.device)
+    for start in range(0, rows, BLOCK_ROWS):
+        stop = min(rows, start + BLOCK_ROWS)
+        total += grad_MN[:, start:stop] @ dequantize_rows(weight, grad.dtype, start, stop)
+    return total.to(grad.dtype).view(*grad.shape[:-1], columns)
+
+
+def _linear_int4(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, in_features: int
+) -> Tensor:
+    return _product(x, int4_weight(packed, scale, zero, in_features), bias)
+
+
+def _linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _product(x, int8_weight(packed, scale), bias)
 
 
 def _linear_codebook4(
@@ -243,30 +188,33 @@ def _linear_codebook4(
     out_features: int,
     kind: str,
 ) -> Tensor:
-    columns = x.shape[-1]
-    x_MK = x.reshape(-1, columns)
-    if 0 < x_MK.shape[0] <= CODEBOOK4_PACKED_TOKENS:
-        nested = None if nested_absmax is None else (nested_absmax, cast(Tensor, nested_offset), codebook.nested_code())
-        few = native_product.codebook4_product(x_MK, packed, absmax, nested, codebook.CODES[kind], out_features)
-        if few is not None:
-            return (few if bias is None else few.add_(bias)).view(*x.shape[:-1], out_features)
-    if nested_absmax is not None and nested_offset is not None:
-        absmax = codebook.unnest_absmax(absmax, nested_absmax, nested_offset)
-    y_MN = x.new_empty(x_MK.shape[0], out_features)
-    step = BLOCK_ROWS  # a multiple of 64 rows starts on a block of 64 elements whatever K is
-    for start in range(0, out_features, step):
-        rows = min(step, out_features - start)
-        block = codebook.dequantize_blocks(packed, absmax, kind, x.dtype, start * columns, rows * columns)
-        y_MN[:, start : start + rows] = linear(x_MK, block.view(rows, columns))
-    if bias is not None:
-        y_MN += bias
-    return y_MN.view(*x.shape[:-1], out_features)
+    shape = out_features, x.shape[-1]
+    return _product(x, codebook4_weight(packed, absmax, nested_absmax, nested_offset, shape, kind), bias)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """`x` in bfloat16, contiguous and on a 64-byte boundary, as torch's packed products read it."""
-    x = x.to(torch.bfloat16).contiguous()
-    return x if x.data_ptr() % 64 == 0 else x.clone()
+def _linear_int4_backward(
+    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, in_features: int
+) -> Tensor:
+    return _product_backward(grad, int4_weight(packed, scale, zero, in_features))
+
+
+def _linear_int8_backward(grad: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _product_backward(grad, int8_weight(packed, scale))
+
+
+def _linear_codebook4_backward(
+    grad: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    kind: str,
+    in_features: int,
+) -> Tensor:
+    shape = out_features, in_features
+    return _product_backward(grad, codebook4_weight(packed, absmax, nested_absmax, nested_offset, shape, kind))
 
 
 assert BLOCK_ROWS % BNB_BLOCK == 0
@@ -274,10 +222,13 @@ for _device in ("CPU", "CUDA"):
     _library.impl("linear_int4", _linear_int4, _device)
     _library.impl("linear_int8", _linear_int8, _device)
     _library.impl("linear_codebook4", _linear_codebook4, _device)
+    _library.impl("linear_int4_backward", _linear_int4_backward, _device)
+    _library.impl("linear_int8_backward", _linear_int8_backward, _device)
+    _library.impl("linear_codebook4_backward", _linear_codebook4_backward, _device)
 
 
 @torch.library.register_fake("qlazy::linear_int4")
-def _(x, packed, scale, zero, bias, in_features, cpu_layout):  # type: ignore[no-untyped-def]
+def _(x, packed, scale, zero, bias, in_features):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
@@ -289,3 +240,18 @@ def _(x, packed, scale, bias):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("qlazy::linear_codebook4")
 def _(x, packed, absmax, nested_absmax, nested_offset, bias, out_features, kind):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("qlazy::linear_int4_backward")
+def _(grad, packed, scale, zero, bias, in_features):  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+@torch.library.register_fake("qlazy::linear_int8_backward")
+def _(grad, packed, scale, bias):  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], packed.shape[1])
+
+
+@torch.library.register_fake("qlazy::linear_codebook4_backward")
+def _(grad, packed, absmax, nested_absmax, nested_offset, bias, out_features, kind, in_features):  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], in_features)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qlazy import ops
 from qlazy.formats import Format
+from qlazy.native_product import Weight
 
 ROW_BLOCK = 64
 """Rows that every packed layout keeps together."""
@@ -32,7 +33,6 @@ class QuantLinear(nn.Module):
         out_features: N.
         format: How the weight is stored.
         dtype: Dtype of scales and bias, and of what `weight` reads as.
-        device: Where it will live; it decides the layout. No storage is taken yet.
         bias: The bias parameter, if there is one.
         transposed: Whether checkpoints hold the weight as (K, N), as those of transformers' Conv1D do.
     """
@@ -48,7 +48,6 @@ class QuantLinear(nn.Module):
         *,
         format: Format,
         dtype: torch.dtype,
-        device: str,
         bias: nn.Parameter | None,
         transposed: bool = False,
     ) -> None:
@@ -59,8 +58,7 @@ class QuantLinear(nn.Module):
         self.dtype = dtype
         self.transposed = transposed
         name = str(dtype).removeprefix("torch.")
-        self.layout = format.layout(out_features, in_features, name, device)
-        self.storage = format.storage(out_features, in_features, name, self.layout)
+        self.storage = format.storage(out_features, in_features, name)
         for key, stored in self.storage.items():
             self.register_buffer(key, torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta"))
         self.register_parameter("bias", bias)
@@ -123,9 +121,12 @@ class QuantLinear(nn.Module):
         Memory: the result and one block of 256 rows.
         """
         dtype = dtype or self.dtype
-        step = ops.BLOCK_ROWS
-        blocks = [self._rows(i, min(i + step, self.out_features), dtype) for i in range(0, self.out_features, step)]
-        return torch.cat(blocks)
+        step, weight = ops.BLOCK_ROWS, self._packed()
+        whole = torch.empty(weight.shape, dtype=dtype, device=self.weight_packed.device)
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            whole[start:stop] = ops.dequantize_rows(weight, dtype, start, stop)
+        return whole
 
     @property
     def weight(self) -> Tensor:
@@ -153,18 +154,32 @@ class QuantLinear(nn.Module):
             raise ValueError(f"{type(self).__name__} takes {self.in_features} features, and got {x.shape[-1]}.")
         if self.weight_packed.is_meta and not x.is_meta:
             raise ValueError(f"{type(self).__name__}({self.extra_repr()}) has no storage for its weight yet.")
-        if torch.is_grad_enabled() and x.requires_grad:
+        trained = self.bias is not None and self.bias.requires_grad
+        if torch.is_grad_enabled() and (x.requires_grad or trained):
             product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
-            return product
-        return self.product(x)
+            return product if self.bias is None else product + self.bias
+        return self.product(x, self.bias)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`forward` without gradients, through the op of the format.
 
         Args:
             x: (..., K).
+            bias: (N,), or None.
         Returns:
             (..., N) in the dtype of `x`.
+        """
+        raise NotImplementedError
+
+    def product_backward(self, grad: Tensor) -> Tensor:
+        """The gradient for x.
+
+        Args:
+            grad: (..., N).
+        Returns:
+            (..., K) in the dtype of `grad`.
+
+        Memory: the result in float32, and the scratch for 256 rows.
         """
         raise NotImplementedError
 
@@ -172,7 +187,7 @@ class QuantLinear(nn.Module):
         """What `print(model)` shows."""
         return f"{self.in_features}, {self.out_features}, format={self.format.name}, bias={self.bias is not None}"
 
-    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def _packed(self) -> Weight:
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -231,8 +246,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
         ctx.layer = layer
-        return layer.product(x)
+        return layer.product(x, None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dequantize(grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return (ctx.layer.product_backward(grad) if ctx.needs_input_grad[0] else None), None

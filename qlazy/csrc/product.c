@@ -1,90 +1,300 @@
-/* Products with low-bit weights, and their dequantization, for few and for many tokens. */
-#include "bfloat16.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+/* Products of a few tokens with a low-bit weight: y (M, N) = x (M, K) W' + bias, each packed weight read once, none unpacked to memory.
+ *
+ * x is turned into 16-bit integers, with a scale for every 32 columns, so that packed codes are multiplied as they lie: a 16-bit word
+ * of the weight holds 4 codes of 4 bits or 2 of 8, and code r of all words is one shift away from being a vector of words itself. The
+ * columns of x are sorted to match. Sums of products are exact in 32-bit integers; scales come in after.
+ *
+ *     chunk = one vector of packed bytes; lane i of its sums holds the columns [i * per_lane, (i + 1) * per_lane) of the chunk
+ *     batch = LANES neighbouring scales of a row, held in one vector
+ *
+ * 15 bits and a sign are finer than bfloat16 and float16 by far. float32 needs more: x is then given as two such planes, the second
+ * for what the first left over, and the two products are added.
+ */
+#include "halves.h"
+#include "simd.h"
+#include <stdlib.h>
 
-/* `dequantize_int4_cpu_rows`: blocks of 64 rows in torch's AVX-512 order to bfloat16, transposed. `packed` and `scale` begin at the
- * first row; `scale` holds (groups, all_rows, 2) bfloat16, scale and offset side by side. (code - 8) * scale is exact in float32. */
-void qlazy_unpack_int4_cpu(
-    const uint8_t *packed, const uint16_t *scale, int64_t rows, int64_t columns, int64_t groups, int64_t all_rows, uint16_t *out) {
-    const int64_t group = columns / groups;
-    for (int64_t block = 0; block < rows; block += 64) {
-        const uint8_t *in = packed + block * columns / 2;
-        for (int64_t g = 0; g < groups; g++) {
-            const uint16_t *both = scale + (g * all_rows + block) * 2;
-            float factor[64], offset[64];
-            for (int i = 0; i < 64; i++) factor[i] = load_bfloat16(both[2 * i]), offset[i] = load_bfloat16(both[2 * i + 1]);
-            for (int64_t k = g * group; k < (g + 1) * group; k++) {
-                uint16_t *row = out + k * rows + block;
-                float value[64];
-                for (int i = 0; i < 32; i++) {
-                    const int32_t byte = in[k * 32 + i];
-                    value[i] = offset[i] + (float)((byte & 15) - 8) * factor[i];
-                    value[i + 32] = offset[i + 32] + (float)((byte >> 4) - 8) * factor[i + 32];
-                }
-                for (int i = 0; i < 64; i++) { /* finite by construction: no NaN to keep apart */
-                    uint32_t bits;
-                    memcpy(&bits, &value[i], 4);
-                    row[i] = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+enum { INT4 = 0, INT8 = 1, CODEBOOK4 = 2 };
+enum { BFLOAT16 = 0, FLOAT32 = 1, FLOAT16 = 2 };
+
+#define BLOCK 32          /* columns of x that share a scale */
+#define CODE_ONE 8191     /* 1.0 of a codebook: eight products with 16-bit x still fit in 32 bits */
+#define PREFETCH 4096     /* bytes ahead: hardware does not look beyond a page */
+#define TILE 4            /* tokens whose sums are kept in registers together */
+
+typedef struct {
+    const uint8_t *packed; /* INT4: (N, K/2), low nibble first; INT8: (N, K); CODEBOOK4: (N * K/2), high nibble first */
+    const void *scale;     /* (N, G); CODEBOOK4: absmax, float32 or where nested uint8 */
+    const int32_t *zero;   /* INT4: (ceil(N/8), G), a nibble for each row; NULL where the zero is 8 */
+    const float *nested_absmax, *nested_offset, *nested_code, *code; /* CODEBOOK4 */
+    const void *x, *bias;  /* (M, K) and (N) or NULL */
+    void *y;               /* (M, N) */
+    int64_t kind, scale_dtype, x_dtype, y_dtype, bias_dtype;
+    int64_t tokens, rows, columns, group; /* M, N, K; columns that share a scale, a divisor of K */
+    int64_t threads;
+} qlazy_product;
+
+INLINE float load_one(const void *from, int64_t at, int64_t dtype) {
+    if (dtype == BFLOAT16) return load_bfloat16(((const uint16_t *)from)[at]);
+    if (dtype == FLOAT16) return load_float16(((const uint16_t *)from)[at]);
+    return ((const float *)from)[at];
+}
+
+INLINE void store_one(void *to, int64_t at, int64_t dtype, float value) {
+    if (dtype == BFLOAT16) ((uint16_t *)to)[at] = bfloat16_bits(value);
+    else if (dtype == FLOAT16) ((uint16_t *)to)[at] = float16_bits(value);
+    else ((float *)to)[at] = value;
+}
+
+/* x as the loop wants it, all arrays of one plane after the other. */
+typedef struct {
+    int16_t *words; /* (planes, chunks, parts, 2 * LANES) */
+    float *scale;   /* (planes, chunks, LANES) */
+    float *sum;     /* (planes, groups + LANES): less the sum of the columns that share a scale of the weight */
+} activations;
+
+typedef struct {
+    int64_t parts, per_lane, chunk; /* codes in a word, columns in a lane and in a chunk */
+    int64_t chunks, groups, batch;  /* of a row; chunks that share a batch of scales */
+    int64_t planes;                 /* vectors that stand for x: the tokens, twice as many in float32 */
+    const int32_t *spread;          /* (batch, LANES): which scale of the batch each lane of a chunk needs */
+} shape;
+
+/* One plane: columns -> words, scales, and sums by group. `rest` (K) is x, and where `keep_rest` then what the words left over. */
+static void prepare_plane(const shape *s, const qlazy_product *p, float *rest, int keep_rest, int16_t *words, float *scale, float *sum) {
+    const int64_t columns = p->columns;
+    const int64_t order4[4] = {0, 1, 2, 3}, order_high[4] = {1, 0, 3, 2}, *order = p->kind == CODEBOOK4 ? order_high : order4;
+    memset(words, 0, (size_t)(s->chunks * s->chunk) * sizeof *words);
+    memset(scale, 0, (size_t)(s->chunks * LANES) * sizeof *scale);
+    memset(sum, 0, (size_t)(s->groups + LANES) * sizeof *sum);
+    for (int64_t first = 0; first < columns; first += BLOCK) {
+        const int64_t count = columns - first < BLOCK ? columns - first : BLOCK;
+        float widest = 0.0f, total = 0.0f;
+        int16_t codes[BLOCK] = {0};
+        for (int64_t k = 0; k < count; k++) {
+            const float size = rest[first + k] < 0.0f ? -rest[first + k] : rest[first + k];
+            widest = size > widest || size != size ? size : widest;
+        }
+        if (!(widest - widest == 0.0f)) scale[first / s->per_lane] = widest - widest; /* NaN: whatever is not finite shows in y */
+        if (!(widest > 1e-30f) || !(widest - widest == 0.0f)) {
+            if (!(widest - widest == 0.0f)) sum[first / p->group] = widest - widest;
+            continue; /* too small for its inverse, and for anything else in a sum of ordinary numbers */
+        }
+        const float unit = widest / 32767.0f, inverse = 32767.0f / widest;
+        for (int64_t k = 0; k < count; k++) {
+            const float real = rest[first + k] * inverse;
+            codes[k] = (int16_t)(int32_t)(real + (real < 0.0f ? -0.5f : 0.5f));
+        }
+        for (int64_t k = 0; k < count; k++) {
+            const float value = (float)codes[k] * unit;
+            total += value;
+            if (keep_rest) rest[first + k] -= value;
+        }
+        sum[first / p->group] -= total;
+        for (int64_t k = first; k < first + count; k++) {
+            const int64_t c = k / s->chunk, inside = k % s->chunk, word = inside / s->parts, part = order[inside % s->parts];
+            words[(c * s->parts + part) * 2 * LANES + word] = codes[k - first];
+        }
+        for (int64_t lane = first / s->per_lane; lane * s->per_lane < first + count; lane++) scale[lane] = unit;
+    }
+}
+
+/* LANES scales of row n from group g on; beyond the last they are 0. */
+INLINE floats load_scales(const qlazy_product *p, const shape *s, int64_t n, int64_t g) {
+    float scales[LANES] = {0};
+    const int64_t at = n * s->groups + g, count = s->groups - g < LANES ? s->groups - g : LANES;
+#if LANES == 16
+    if (count == LANES && p->scale_dtype == BFLOAT16 && p->kind != CODEBOOK4) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *)((const uint16_t *)p->scale + at));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+    if (count == LANES && p->kind == CODEBOOK4 && p->nested_code) {
+        const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)((const uint8_t *)p->scale + at)));
+        const __mmask16 second = (__mmask16)(at % 256 > 256 - LANES ? 0xffffu << (256 - at % 256) : 0);
+        const __m512 one = _mm512_set1_ps(p->nested_absmax[at / 256]), other = _mm512_set1_ps(p->nested_absmax[(at + LANES - 1) / 256]);
+        return _mm512_fmadd_ps(
+            _mm512_i32gather_ps(index, p->nested_code, 4), _mm512_mask_blend_ps(second, one, other), _mm512_set1_ps(*p->nested_offset));
+    }
+#endif
+    if (p->kind == CODEBOOK4 && p->nested_code)
+        for (int64_t i = 0; i < count; i++)
+            scales[i] = p->nested_code[((const uint8_t *)p->scale)[at + i]] * p->nested_absmax[(at + i) / 256] + *p->nested_offset;
+    else for (int64_t i = 0; i < count; i++) scales[i] = load_one(p->scale, at + i, p->scale_dtype);
+    return load_floats(scales);
+}
+
+/* LANES zeros of row n from group g on, less 8. */
+INLINE floats load_zeros(const qlazy_product *p, const shape *s, int64_t n, int64_t g) {
+    float zeros[LANES] = {0};
+    const int64_t count = s->groups - g < LANES ? s->groups - g : LANES;
+    const int32_t *from = p->zero + n / 8 * s->groups + g;
+    const int shift = (int)(n % 8) * 4;
+#if LANES == 16
+    if (count == LANES) {
+        const __m512i codes = _mm512_and_si512(_mm512_srlv_epi32(_mm512_loadu_si512(from), _mm512_set1_epi32(shift)), _mm512_set1_epi32(15));
+        return _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(8)));
+    }
+#endif
+    for (int64_t i = 0; i < count; i++) zeros[i] = (float)((int32_t)((uint32_t)from[i] >> shift & 15) - 8);
+    return load_floats(zeros);
+}
+
+/* Row n and `tile` vectors that stand for x. `kind` and `tile` are constants wherever this is inlined. */
+INLINE void product_row(
+    const qlazy_product *p, const shape *s, const activations *x, word_table table, const int kind, const int tile, int64_t plane,
+    int64_t n, float *out) {
+    const int parts = kind == INT8 ? 2 : 4, vector = 4 * LANES;
+    const int64_t bytes = kind == INT8 ? p->columns : p->columns / 2, stride = s->chunks * s->chunk, sums = s->groups + LANES;
+    const uint8_t *row = p->packed + n * bytes;
+    const int16_t *x_words = x->words + plane * stride;
+    const float *x_scale = x->scale + plane * s->chunks * LANES, *x_sum = x->sum + plane * sums;
+    floats total[TILE], scales = zero_floats();
+    for (int m = 0; m < tile; m++) total[m] = zero_floats();
+    for (int64_t c = 0, within = s->batch, g = -LANES; c < s->chunks; c++, within++) {
+        if (within == s->batch) {
+            within = 0, g += LANES;
+            scales = load_scales(p, s, n, g);
+            if (kind == INT4 && p->zero) { /* where codes do not count from 8 */
+                const floats offset = multiply(scales, load_zeros(p, s, n, g));
+                for (int m = 0; m < tile; m++) total[m] = multiply_add(offset, load_floats(x_sum + m * sums + g), total[m]);
+            }
+        }
+        const uint8_t *from = row + c * vector;
+        uint8_t last[4 * LANES] = {0};
+        if (bytes - c * vector < vector) memcpy(last, from, (size_t)(bytes - c * vector)), from = last;
+        else if (plane == 0) __builtin_prefetch(from + PREFETCH);
+        const words w = load_words(from);
+        words codes[4];
+        if (kind == INT4) for (int r = 0; r < 4; r++) codes[r] = centred(w, 4 * r);
+        else if (kind == INT8) codes[0] = low_byte(w), codes[1] = high_byte(w);
+        else for (int r = 0; r < 4; r++) codes[r] = look_up(table, w, 4 * r);
+        const floats factor = spread_floats(scales, s->spread + within * LANES);
+        for (int m = 0; m < tile; m++) {
+            const int16_t *at = x_words + m * stride + c * s->chunk;
+            integers sum = zero_integers();
+            for (int r = 0; r < parts; r++) sum = dot(sum, codes[r], load_words(at + r * 2 * LANES));
+            const floats both = multiply(factor, load_floats(x_scale + (m * s->chunks + c) * LANES));
+            total[m] = multiply_add(to_floats(sum), both, total[m]);
+        }
+    }
+    for (int m = 0; m < tile; m++) out[m] = sum_floats(total[m]);
+}
+
+INLINE void product_rows(const qlazy_product *p, const shape *s, const activations *x, const int kind) {
+    /* Values of a codebook as integers; for float32 also what rounding them left over. */
+    int16_t values[16] = {0}, rest[16] = {0};
+    if (kind == CODEBOOK4) for (int i = 0; i < 16; i++) {
+        const float value = p->code[i] * CODE_ONE;
+        values[i] = (int16_t)(int32_t)(value + (value < 0 ? -0.5f : 0.5f));
+        const float left = (value - (float)values[i]) * CODE_ONE;
+        rest[i] = (int16_t)(int32_t)(left + (left < 0 ? -0.5f : 0.5f));
+    }
+    const word_table table = make_table(values), rest_table = make_table(rest);
+    const int64_t each = s->planes / p->tokens;
+#pragma omp parallel for num_threads(p->threads) schedule(static)
+    for (int64_t n = 0; n < p->rows; n++) {
+        const float bias = p->bias ? load_one(p->bias, n, p->bias_dtype) : 0.0f;
+        for (int64_t plane = 0; plane < s->planes;) {
+            float out[TILE], left_over[TILE];
+            const int64_t left = s->planes - plane;
+            const int tile = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            if (tile == 4) product_row(p, s, x, table, kind, 4, plane, n, out);
+            else if (tile == 2) product_row(p, s, x, table, kind, 2, plane, n, out);
+            else product_row(p, s, x, table, kind, 1, plane, n, out);
+            if (kind == CODEBOOK4 && each == 2) {
+                if (tile == 4) product_row(p, s, x, rest_table, kind, 4, plane, n, left_over);
+                else product_row(p, s, x, rest_table, kind, 2, plane, n, left_over);
+            }
+            for (int m = 0; m < tile; m++) {
+                if (kind == CODEBOOK4) out[m] = (each == 2 ? out[m] + left_over[m] / CODE_ONE : out[m]) / CODE_ONE;
+                if (m % each == each - 1) {
+                    const float value = each == 2 ? out[m - 1] + out[m] : out[m];
+                    store_one(p->y, (plane + m) / each * p->rows + n, p->y_dtype, value + bias);
                 }
             }
+            plane += tile;
         }
     }
 }
 
-typedef struct {
-    const uint8_t *packed;        /* (N * K / 2): even element in the high nibble */
-    const float *absmax;          /* (N * K / 64), or NULL where nested */
-    const uint8_t *absmax_packed; /* the same in 8 bits */
-    const float *nested_absmax;   /* one for every 256 of them */
-    const float *nested_code;     /* the 256 values that they stand for */
-    float nested_offset;
-    float code[16];
-    int64_t columns; /* K, a multiple of 64 */
-    int64_t all_rows; /* N */
-} qlazy_codebook4;
+/* 0, or 1 where memory for x could not be had. */
+int64_t qlazy_linear(const qlazy_product *p) {
+    shape s = {.parts = p->kind == INT8 ? 2 : 4};
+    s.per_lane = 2 * s.parts, s.chunk = LANES * s.per_lane;
+    s.chunks = (p->columns + s.chunk - 1) / s.chunk, s.groups = p->columns / p->group;
+    s.batch = s.groups == 1 ? s.chunks : p->group / s.per_lane;
+    s.planes = p->x_dtype == FLOAT32 ? 2 * p->tokens : p->tokens;
+    int32_t *spread = malloc((size_t)(s.batch * LANES) * sizeof *spread);
+    activations x = {
+        .words = malloc((size_t)(s.planes * s.chunks * s.chunk) * sizeof(int16_t)),
+        .scale = malloc((size_t)(s.planes * s.chunks * LANES) * sizeof(float)),
+        .sum = malloc((size_t)(s.planes * (s.groups + LANES)) * sizeof(float)),
+    };
+    float *rest = malloc((size_t)(p->tokens * p->columns) * sizeof *rest);
+    const int got = spread && x.words && x.scale && x.sum && rest;
+    if (got) {
+        for (int64_t i = 0; i < s.batch * LANES; i++) spread[i] = s.groups == 1 ? 0 : (int32_t)(i * s.per_lane / p->group);
+        s.spread = spread;
+        const int64_t each = s.planes / p->tokens;
+#pragma omp parallel for num_threads(p->threads < p->tokens ? p->threads : p->tokens) schedule(static) if (p->tokens > 1)
+        for (int64_t m = 0; m < p->tokens; m++) {
+            float *own = rest + m * p->columns;
+            for (int64_t k = 0; k < p->columns; k++) own[k] = load_one(p->x, m * p->columns + k, p->x_dtype);
+            for (int64_t plane = m * each; plane < (m + 1) * each; plane++)
+                prepare_plane(&s, p, own, each == 2, x.words + plane * s.chunks * s.chunk, x.scale + plane * s.chunks * LANES,
+                              x.sum + plane * (s.groups + LANES));
+        }
+        if (p->kind == INT4) product_rows(p, &s, &x, INT4);
+        else if (p->kind == INT8) product_rows(p, &s, &x, INT8);
+        else product_rows(p, &s, &x, CODEBOOK4);
+    }
+    free(spread), free(x.words), free(x.scale), free(x.sum), free(rest);
+    return !got;
+}
 
-/* y (tokens, N) = x W' for one or a few tokens. `x` is float32 and comes sorted: in every 64 columns first
- * the 32 even ones, then the 32 odd ones. A block of 64 is summed in float32 and then multiplied by its absmax. */
-void qlazy_codebook4_product(const qlazy_codebook4 *w, const float *x, int64_t tokens, int64_t threads, float *y) {
-    const int64_t blocks = w->columns / 64;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t n = 0; n < w->all_rows; n++) {
-        for (int64_t m = 0; m < tokens; m++) {
-            const float *values = x + m * w->columns;
-            float lanes[16] = {0};
-#ifdef __AVX512F__
-            const __m512 code = _mm512_loadu_ps(w->code);
-            __m512 total = _mm512_setzero_ps();
-#endif
-            for (int64_t b = 0; b < blocks; b++) {
-                const int64_t at = n * blocks + b;
-                const uint8_t *bytes = w->packed + at * 32;
-                const float *even = values + b * 64, *odd = even + 32;
-                const float absmax = w->absmax ? w->absmax[at]
-                                               : w->nested_code[w->absmax_packed[at]] * w->nested_absmax[at / 256] + w->nested_offset;
-#ifdef __AVX512F__
-                __m512 sum = _mm512_setzero_ps();
-                for (int i = 0; i < 32; i += 16) {
-                    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(bytes + i)));
-                    const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), code);
-                    const __m512 low = _mm512_permutexvar_ps(wide, code); /* looks at four bits alone */
-                    sum = _mm512_fmadd_ps(high, _mm512_loadu_ps(even + i), sum);
-                    sum = _mm512_fmadd_ps(low, _mm512_loadu_ps(odd + i), sum);
+typedef struct {
+    const uint8_t *packed; /* all as in qlazy_product */
+    const void *scale;
+    const int32_t *zero;
+    const float *nested_absmax, *nested_offset, *nested_code, *code;
+    void *out; /* (rows, K) */
+    int64_t kind, scale_dtype, out_dtype;
+    int64_t first, rows, columns, group; /* first row, and how many */
+    int64_t threads;
+} qlazy_block;
+
+/* Rows of a weight as the model computes with them: code times scale in float32, rounded once. */
+void qlazy_dequantize(const qlazy_block *b) {
+    const int64_t groups = b->columns / b->group;
+#pragma omp parallel for num_threads(b->threads) schedule(static)
+    for (int64_t r = 0; r < b->rows; r++) {
+        const int64_t n = b->first + r;
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t at = n * groups + g;
+            const float scale = b->nested_code ? b->nested_code[((const uint8_t *)b->scale)[at]] * b->nested_absmax[at / 256] + *b->nested_offset
+                                               : load_one(b->scale, at, b->scale_dtype);
+            const float zero = b->zero ? (float)((uint32_t)b->zero[n / 8 * groups + g] >> n % 8 * 4 & 15) : 8.0f;
+            for (int64_t k = g * b->group; k < (g + 1) * b->group; k += BLOCK) {
+                const int64_t count = (g + 1) * b->group - k < BLOCK ? (g + 1) * b->group - k : BLOCK;
+                const int64_t flat = n * b->columns + k;
+                float values[BLOCK];
+                if (b->kind == INT8) {
+                    const int8_t *codes = (const int8_t *)b->packed + flat;
+                    for (int64_t i = 0; i < count; i++) values[i] = (float)codes[i] * scale;
+                } else {
+                    const uint8_t *pairs = b->packed + flat / 2;
+                    uint8_t codes[BLOCK] = {0};
+                    if (b->kind == INT4) {
+                        for (int64_t i = 0; i < count / 2; i++) codes[2 * i] = pairs[i] & 15, codes[2 * i + 1] = pairs[i] >> 4;
+                        for (int64_t i = 0; i < count; i++) values[i] = ((float)codes[i] - zero) * scale;
+                    } else for (int64_t i = 0; i < count / 2; i++)
+                        values[2 * i] = b->code[pairs[i] >> 4] * scale, values[2 * i + 1] = b->code[pairs[i] & 15] * scale;
                 }
-                total = _mm512_fmadd_ps(sum, _mm512_set1_ps(absmax), total);
-#else
-                for (int i = 0; i < 32; i++)
-                    lanes[i % 16] += (w->code[bytes[i] >> 4] * even[i] + w->code[bytes[i] & 15] * odd[i]) * absmax;
-#endif
+                const int64_t to = r * b->columns + k;
+                if (b->out_dtype == FLOAT32) memcpy((float *)b->out + to, values, (size_t)count * sizeof(float));
+                else if (b->out_dtype == BFLOAT16) for (int64_t i = 0; i < count; i++) ((uint16_t *)b->out)[to + i] = bfloat16_bits(values[i]);
+                else for (int64_t i = 0; i < count; i++) ((uint16_t *)b->out)[to + i] = float16_bits(values[i]);
             }
-#ifdef __AVX512F__
-            _mm512_storeu_ps(lanes, total);
-#endif
-            float sum = 0.0f;
-            for (int i = 0; i < 16; i++) sum += lanes[i];
-            y[m * w->all_rows + n] = sum;
         }
     }
 }

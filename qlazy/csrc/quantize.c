@@ -3,7 +3,7 @@
  * Same bytes means: every float32 operation rounded by itself (compile with -ffp-contract=off, never -ffast-math), division and
  * round-half-to-even by the hardware, the same pairwise tree for sums, the same order of candidates, a later one only if strictly less.
  */
-#include "bfloat16.h"
+#include "halves.h"
 #include <math.h>
 
 #define MAX_GROUP 128
@@ -135,18 +135,4 @@ void qlazy_quantize_int4(
     if (group == 32) quantize_groups(weight, groups, 32, o, codes, scale, zero);
     else if (group == 64) quantize_groups(weight, groups, 64, o, codes, scale, zero);
     else quantize_groups(weight, groups, 128, o, codes, scale, zero);
-}
-
-/* `pack_int4_cpu` for torch's AVX-512 order: in blocks of 64 rows, one column after the other, byte i = row i | row i + 32 << 4. */
-void qlazy_pack_int4_cpu(const uint8_t *codes, int64_t rows, int64_t columns, uint8_t *packed) {
-    for (int64_t block = 0; block < rows; block += 64) {
-        uint8_t *out = packed + block * columns / 2;
-        for (int64_t from = 0; from < columns; from += 64) { /* a tile of 64 x 64 stays in the first-level cache */
-            const int64_t to = from + 64 < columns ? from + 64 : columns;
-            for (int i = 0; i < 32; i++) {
-                const uint8_t *low = codes + (block + i) * columns, *high = low + 32 * columns;
-                for (int64_t k = from; k < to; k++) out[k * 32 + i] = (uint8_t)(low[k] | high[k] << 4);
-            }
-        }
-    }
 }

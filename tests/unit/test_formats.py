@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qlazy.formats import ITEMSIZE, Codebook4, Int4, Int8, Layout, Storage, packed_nbytes
+from qlazy.formats import ITEMSIZE, Codebook4, Int4, Int8, Storage, packed_nbytes
 from qlazy.layers import LAYERS
 
 INT4 = [Int4(group_size=g, symmetric=s) for g in (32, 64, 128, -1) for s in (False, True)]
@@ -30,16 +30,13 @@ def test_itemsizes_are_torchs():
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 300), columns=st.integers(1, 520), dtype=st.sampled_from(DTYPES))
-def test_packed_bytes_are_those_of_the_tensors(fmt, device, rows, columns, dtype):
+def test_packed_bytes_are_those_of_the_tensors(fmt, rows, columns, dtype):
     fmt = fmt.for_columns(columns)
-    layout = fmt.layout(rows, columns, dtype, device)
-    assert layout is Layout.LOGICAL or (device == "cpu" and dtype == "bfloat16" and isinstance(fmt, Int4))
-    assert packed_nbytes(fmt, rows, columns, dtype, device) == real(fmt.storage(rows, columns, dtype, layout))
+    assert packed_nbytes(fmt, rows, columns, dtype) == real(fmt.storage(rows, columns, dtype))
     # Every weight has its bits, and per-row and per-group values are not most of it beyond small shapes.
-    assert real(fmt.storage(rows, columns, dtype, layout)) >= rows * columns * fmt.bits // 8
+    assert real(fmt.storage(rows, columns, dtype)) >= rows * columns * fmt.bits // 8
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)
@@ -47,19 +44,10 @@ def test_packed_bytes_are_those_of_the_tensors(fmt, device, rows, columns, dtype
 @pytest.mark.parametrize(("rows", "columns"), [(64, 128), (192, 256), (7, 33), (100, 96), (1, 1)])
 def test_a_layer_takes_what_its_format_says(fmt, dtype, rows, columns):
     fmt = fmt.for_columns(columns)
-    layer = LAYERS[type(fmt)](columns, rows, format=fmt, dtype=getattr(torch, dtype), device="cpu", bias=None)
+    layer = LAYERS[type(fmt)](columns, rows, format=fmt, dtype=getattr(torch, dtype), bias=None)
     layer.allocate("cpu")
     held = sum(t.nbytes for t in [*layer.buffers(), *layer.parameters()])
-    assert held == packed_nbytes(fmt, rows, columns, dtype, "cpu")
-
-
-def test_all_layouts_of_int4_hold_the_same_codes():
-    fmt = Int4(group_size=32)
-    logical = fmt.storage(128, 256, "bfloat16")
-    cpu = fmt.storage(128, 256, "bfloat16", Layout.CPU_INT4)
-    assert logical["weight_packed"].nbytes == cpu["weight_packed"].nbytes == 128 * 256 // 2
-    assert cpu["weight_scale"] == Storage((8, 128, 2), "bfloat16")
-    assert logical["weight_zero_point"] == Storage((16, 8), "int32")
+    assert held == packed_nbytes(fmt, rows, columns, dtype)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +65,7 @@ def test_all_layouts_of_int4_hold_the_same_codes():
     ids=lambda value: getattr(value, "name", value),
 )
 def test_bits_per_weight(fmt, bits):
-    assert 8 * packed_nbytes(fmt, 4096, 4096, "bfloat16", "cuda:0") / 4096**2 == pytest.approx(bits, abs=1e-4)
+    assert 8 * packed_nbytes(fmt, 4096, 4096, "bfloat16") / 4096**2 == pytest.approx(bits, abs=1e-4)
 
 
 def test_names_tell_formats_apart():
@@ -96,4 +84,4 @@ def test_for_columns_keeps_what_divides():
 
 def test_sixteen_bits_are_more():
     weight = nn.Linear(512, 512, bias=False, dtype=torch.bfloat16).weight
-    assert all(packed_nbytes(fmt, 512, 512, "bfloat16", "cpu") < 0.6 * weight.nbytes for fmt in FORMATS)
+    assert all(packed_nbytes(fmt, 512, 512, "bfloat16") < 0.6 * weight.nbytes for fmt in FORMATS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlazy import codebook, native, native_product, native_quantize, ops, quantize
+from qlazy import native, native_quantize, quantize
 
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
 
@@ -58,17 +58,6 @@ def test_a_bad_weight_shows_in_its_scale_alone(bad: float, position: int) -> Non
     assert (~scale.isfinite()).nonzero().tolist() == [[3, 1]]
 
 
-@compiled
-def test_packing_equals_the_plain_packing() -> None:
-    codes = torch.randint(0, 16, (192, 160), dtype=torch.uint8)
-    packed = native_quantize.pack_int4_cpu(codes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_quantize, "pack_int4_cpu", lambda _: None)
-        assert packed is not None and (
-            ops.cpu_int4_order() != (64, list(range(64))) or torch.equal(packed, ops.pack_int4_cpu(codes))
-        )
-
-
 def test_stands_aside_for_what_it_does_not_take() -> None:
     weight = torch.randn(4, 64)
     options = {"symmetric": False, "scale_dtype": torch.bfloat16, "factors": (1.0,)}
@@ -90,52 +79,6 @@ def test_without_a_compiler_the_plain_quantizer_runs(monkeypatch: pytest.MonkeyP
     finally:
         native.library.cache_clear()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))  # type: ignore[arg-type]
-
-
-@compiled
-@pytest.mark.parametrize("group_size", [32, 64])
-def test_unpacking_equals_the_plain_unpacking(group_size: int) -> None:
-    if ops.cpu_int4_order() != (64, list(range(64))):
-        pytest.skip("torch packs int4 in another order on this processor")
-    torch.manual_seed(0)
-    packed = torch.randint(0, 256, (192, 128), dtype=torch.uint8)
-    scale = torch.randn(256 // group_size, 192, 2).to(torch.bfloat16)
-    found = native_product.unpack_int4_cpu(packed, scale, 64, 192)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native_product, "unpack_int4_cpu", lambda *_: None)
-        expected = ops.dequantize_int4_cpu_rows(packed, scale, torch.bfloat16, 64, 192)
-    assert found is not None and torch.equal(found, expected)
-
-
-@compiled
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_codebook_product_errs_no_more_than_torch_on_the_dequantized_weight(
-    kind: str, double_quant: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch.manual_seed(0)
-    rows, columns = 100, 192
-    weight = torch.randn(rows, columns).to(torch.bfloat16)
-    packed, absmax = torch.empty(rows * columns // 2, dtype=torch.uint8), torch.empty(rows * columns // 64)
-    codebook.quantize_blocks(weight, kind, packed_out=packed, absmax_out=absmax)
-    nested, stored = None, absmax
-    if double_quant:
-        stored, *statistics = codebook.nest_absmax(absmax)
-        nested = (statistics[0], statistics[1], codebook.nested_code())
-        absmax = codebook.unnest_absmax(stored, *statistics)
-    exact_weight = (
-        codebook.dequantize_blocks(packed, absmax, kind, torch.float32, 0, rows * columns).view(rows, columns).double()
-    )
-    x = torch.randn(tokens, columns).to(torch.bfloat16)
-    exact = x.double() @ exact_weight.T
-    plain = (torch.nn.functional.linear(x, exact_weight.to(torch.bfloat16)) - exact).norm()
-    for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found = native_product.codebook4_product(x, packed, stored, nested, codebook.CODES[kind], rows)
-        assert found is not None and found.dtype is torch.bfloat16
-        assert (found - exact).norm() <= 2 * plain
-    assert native_product.codebook4_product(x[:, :100], packed, stored, nested, codebook.CODES[kind], rows) is None
 
 
 @compiled
