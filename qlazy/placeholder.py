@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights, no_tie_weights
 
 from qlazy.errors import UnsupportedModel
-from qlazy.lazy import lazy_build
+from qlazy.lazy import lazy_build, materialize
 from qlazy.source import Source
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def build_placeholder(
             f"{_reason(error)}",
             hint="Look at config.json and at the options that were given.",
         ) from error
+    _materialize_buffers(model)
     _keep_in_float32(model, dtype)
     model.eval()
     return model
@@ -110,6 +111,12 @@ def _model_class(source: Source, config: PretrainedConfig, trust_remote_code: bo
         f"{source.model_id}: transformers {transformers.__version__} has no architecture {wanted}.",
         hint="Update transformers, or pass trust_remote_code=True if the model brings code that you trust.",
     )
+
+
+def _materialize_buffers(model: PreTrainedModel) -> None:
+    """Give everything but parameters its values: no file needs to hold them."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters() if parameter.is_meta}
+    materialize(model, only=lambda name, tensor: tensor.untyped_storage()._cdata not in parameters)
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

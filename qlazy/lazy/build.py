@@ -1,54 +1,149 @@
-"""Build a module whose parameters have no storage and whose buffers hold their real values.
-
-A parameter becomes a plain `nn.Parameter` on the meta device at the moment it is registered. Everything else in a constructor
-runs for real, so that buffers (persistent or not), plain tensor attributes and values read with `.item()` are what eager
-building gives. The memory that a constructor asks for before registering is never written where it uses `torch.empty`, and is
-given back at once.
-"""
+"""The context in which modules are built without memory."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn.modules import module as hooks
 
-_lock = threading.Lock()
+from qlazy.errors import UsageError
+from qlazy.lazy import generators
+from qlazy.lazy.facade import Facade
+from qlazy.lazy.journal import Journal, Tally
+from qlazy.lazy.log import record_of
+from qlazy.lazy.record import Recorder
+from qlazy.lazy.scan import places
+
+_Built = TypeVar("_Built")
 _local = threading.local()
-_eager_register = nn.Module.register_parameter
+
+
+class Build:
+    """A build in progress or done: a context manager that can be entered again.
+
+    Args:
+        default_device: As `torch.device(...)` used as a context. Values are those that a CPU generator draws.
+        dtype: As `torch.set_default_dtype(...)`.
+    """
+
+    def __init__(self, default_device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        self.tally = Tally()
+        self._device = None if default_device is None else torch.device(default_device)
+        self._dtype = dtype
+        self._exits: list[contextlib.ExitStack] = []
+        if self._device is not None and self._device.type == "meta":
+            raise UsageError(
+                "default_device is the device on which values will lie, which cannot be meta.", hint="Leave it out."
+            )
+
+    def __enter__(self) -> Build:
+        """Record in this thread."""
+        with contextlib.ExitStack() as stack:
+            session: _Session | None = getattr(_local, "session", None)
+            if session is None:
+                session = stack.enter_context(_recording())
+            session.journal.tallies.append(self.tally)
+            stack.callback(_remove, session.journal.tallies, self.tally)
+            if self._device is not None:
+                stack.enter_context(self._device)
+            if self._dtype is not None:
+                stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+                torch.set_default_dtype(self._dtype)
+            self._exits.append(stack.pop_all())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop recording in this thread, unless another build is open around this one."""
+        self._exits.pop().__exit__(kind, error, trace)
+
+
+class _Session:
+    """What one thread records with.
+
+    Args:
+        journal: Where it writes.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self.modules: dict[int, nn.Module] = {}
+
+    def note(self, module: nn.Module, name: str, value: Any) -> None:
+        """A hook of `nn.Module`: a module of this thread got a parameter, a buffer or a child."""
+        if getattr(_local, "session", None) is self:
+            self.modules[id(module)] = module
+
+    def seal(self) -> None:
+        """Remember how often each tensor was written to: a write that comes later shows."""
+        for place in places(self.modules.values()):
+            record = record_of(place.tensor)
+            if record is not None:
+                record.counters.add(place.tensor._version)
 
 
 @contextlib.contextmanager
-def lazy_build() -> Iterator[None]:
-    """Within this context, in this thread, parameters that modules register get no storage.
-
-    Nests; other threads build eagerly meanwhile. Parameters shared between modules stay one object.
-
-    Yields:
-        Nothing.
-
-    Memory: buffers, plus transiently what one constructor writes before it registers a parameter.
-    """
-    with _lock:
-        if nn.Module.register_parameter is _eager_register:
-            nn.Module.register_parameter = _register  # type: ignore[method-assign, assignment]
-    outer = getattr(_local, "placeholders", None)
-    # Keyed by the eager parameter, weakly: its storage goes with it, and one that is registered twice gets one placeholder.
-    _local.placeholders = WeakTensorKeyDictionary() if outer is None else outer
+def _recording() -> Any:
+    journal = Journal([])
+    session = _Session(journal)
+    generators.opened()
+    registrations = [
+        register(session.note)
+        for register in (
+            hooks.register_module_parameter_registration_hook,
+            hooks.register_module_buffer_registration_hook,
+            hooks.register_module_module_registration_hook,
+        )
+    ]
+    _local.session = session
     try:
-        yield
+        with Recorder(journal), Facade(journal):
+            yield session
     finally:
-        _local.placeholders = outer
+        _local.session = None
+        for registration in registrations:
+            registration.remove()
+        journal.take_over()
+        session.seal()
+        journal.settle()
+        generators.closed()
 
 
-def _register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """`nn.Module.register_parameter`, with the parameter replaced by one without storage where a `lazy_build` is open here."""
-    placeholders = getattr(_local, "placeholders", None)
-    if placeholders is not None and param is not None and param.device.type != "meta":
-        if param not in placeholders:
-            placeholders[param] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
-        param = placeholders[param]
-    _eager_register(module, name, param)
+def _remove(tallies: list[Tally], tally: Tally) -> None:
+    del tallies[max(place for place, found in enumerate(tallies) if found is tally)]
+
+
+@overload
+def lazy_build(*, default_device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Build: ...
+@overload
+def lazy_build(make: Callable[..., _Built], /, *args: Any, **kwargs: Any) -> _Built: ...
+def lazy_build(make: Callable[..., Any] | None = None, /, *args: Any, **kwargs: Any) -> Any:
+    """Build modules without memory, as a context or by a call.
+
+    `with lazy_build(): ...`, or `lazy_build(AnyModule, ...)`. Inside, in this thread, every tensor is made on the meta
+    device, and every operation is written down. Parameters are plain `nn.Parameter`s. Values that Python asks for are worked
+    out and recording goes on. Afterwards random generators stand where eager construction would have left them, and
+    `materialize` gives the values. Nests, and can be entered again to change a module that was built before.
+
+    Args:
+        make: A class or function. Without one a context manager is returned, which takes two options: `default_device`, which
+            tensors show as theirs and go to when they are materialized, and `dtype`, the default dtype.
+        *args: What it is called with.
+        **kwargs: The same.
+    Returns:
+        What `make` returns, or a context manager that gives a `Build`.
+    Raises:
+        UsageError: something without values was read, or a generator of another device was drawn from.
+
+    Memory: about 1 KiB for each operation, and the Python objects themselves; where a value is asked for, the storage that it
+    is in, for that moment.
+    """
+    if make is None:
+        return Build(**kwargs)
+    with Build():
+        return make(*args, **kwargs)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlazy.lazy import lazy_build
+from qlazy.lazy import lazy_build, materialize
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,14 +79,22 @@ def test_parameters_have_no_storage_and_keep_all_else():
     assert lazy.absent is None
 
 
-def test_buffers_and_attributes_are_real_and_equal_to_eager():
+def test_values_are_those_of_eager_construction():
+    torch.manual_seed(0)
     eager = Block()
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
     with lazy_build():
         lazy = Block()
-    wanted = dict(eager.named_buffers())
-    assert wanted.keys() == dict(lazy.named_buffers()).keys()
-    for name, buffer in lazy.named_buffers():
-        assert not buffer.is_meta and buffer.dtype == wanted[name].dtype and torch.equal(buffer, wanted[name]), name
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(tensor.is_meta for tensor in tensors(lazy).values())
+    assert materialize(lazy) is lazy
+    wanted, made = tensors(eager), tensors(lazy)
+    assert list(made) == list(wanted)
+    for name, tensor in made.items():
+        assert (
+            type(tensor) is type(wanted[name]) and tensor.dtype == wanted[name].dtype and torch.equal(tensor, wanted[name])
+        ), name
     assert lazy.rotary._non_persistent_buffers_set == {"inv_freq"}
     assert torch.equal(lazy.rotary.plain, eager.rotary.plain)
     facts = [(r.highest, r.rates, r.table, r.first) for r in (lazy.rotary, eager.rotary)]
@@ -106,7 +114,7 @@ def test_a_parameter_made_before_is_left_with_its_owner():
     with lazy_build():
         first.shared = shared
         second.shared = shared
-    assert first.shared is second.shared and first.shared.is_meta
+    assert first.shared is shared and second.shared is shared
     assert torch.equal(shared, torch.arange(4.0))
 
 

@@ -1,0 +1,262 @@
+"""Write operations down, and work out the values of what is written down so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlazy.lazy import generators
+from qlazy.lazy.draw import after, draw_of
+from qlazy.lazy.log import Op, Record, Ref, Slot, Version, geometry_of, map_leaves, record_of, set_record, tensor_on
+from qlazy.lazy.numpy_views import NumpyView
+from qlazy.lazy.replay import execute, plain, replay
+from qlazy.lazy.rng import Position
+from qlazy.lazy.schema import Facts, tensors
+
+CPU = torch.device("cpu")
+META = torch.device("meta")
+SMALL_BYTES = 64 << 10
+"""Storages up to this size keep the values that were asked for, so that a loop over them does not start again each time."""
+
+
+class Tally:
+    """What is counted while recording."""
+
+    def __init__(self) -> None:
+        self.ops = 0
+        """Operations written down."""
+        self.lazy_bytes = 0
+        """Bytes that eager construction would have asked for."""
+        self.constant_bytes = 0
+        """Bytes of values that came from Python or from real tensors, and are kept."""
+        self.concretised: Counter[str] = Counter()
+        """How often values were worked out, by what asked for them."""
+        self.concretised_bytes: Counter[str] = Counter()
+        """The same in bytes of storage."""
+        self.real: Counter[str] = Counter()
+        """What was made real at once, as there is no meta kernel or layout for it, by operation."""
+
+
+class Journal:
+    """What one thread has written down.
+
+    Args:
+        tallies: Everybody who counts; more may be put in later.
+    """
+
+    def __init__(self, tallies: list[Tally]) -> None:
+        self.tallies = tallies
+        self._generators = {id(torch.default_generator): torch.default_generator}
+        self._views: list[NumpyView] = []
+
+    def generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator:
+        """The generator that a random operation draws from."""
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
+        found = given[0] if given else torch.default_generator
+        self._generators[id(found)] = found
+        return found
+
+    def write(
+        self,
+        func: Any,
+        facts: Facts,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        *,
+        device: torch.device | None = None,
+        drawn: tuple[Position, Position] | None = None,
+    ) -> None:
+        """Write an operation down, unless all that it did was to look at storages in another way.
+
+        Args:
+            func: The operation.
+            facts: Of it.
+            args: What it was called with.
+            kwargs: The same.
+            result: Its results on meta; storages that are new get a record.
+            device: Where they would lie; None tells it from the arguments.
+            drawn: Where its generator stood before and after, if that is known.
+        """
+        results = result if isinstance(result, (list, tuple)) else (result,)
+        fresh = [(i, t) for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_meta and record_of(t) is None]
+        written = [tensor for tensor in facts.written(args, kwargs) if tensor.is_meta]
+        if not fresh and not written:
+            return
+        overwritten = facts.overwrites and _is_whole(args[0]) and not _shares(args[0], (args[1:], kwargs))
+        first = args[0] if overwritten else None
+        generator = self.generator(args, kwargs) if facts.random else None
+        named = {key: value for key, value in kwargs.items() if not isinstance(value, torch.Generator)}
+        op = Op(func, *map_leaves(lambda leaf: self._reference(leaf, leaf is first), (args, named)))
+        for index, tensor in fresh:
+            storage = tensor.untyped_storage()
+            if record_of(tensor) is None:
+                slot = Slot(storage.nbytes())
+                set_record(storage, Record(slot, Version(slot, op), device or _device_of((kwargs, args))))
+                op.outputs.append((index, slot, geometry_of(tensor)))
+                for tally in self.tallies:
+                    tally.lazy_bytes += slot.nbytes
+        if generator is not None:
+            op.position, op.following = drawn or self._draw(op, generator, results[0])
+            generators.move(generator, op.following)
+        for tally in self.tallies:
+            tally.ops += 1
+        for tensor in written:
+            record = record_of(tensor)
+            assert record is not None
+            if record.version.op is not op:
+                record.slot.nbytes = tensor.untyped_storage().nbytes()
+                record.version = Version(record.slot, op, None if overwritten else record.version)
+                for view in self._views:
+                    if view.record is record:
+                        view.show()
+
+    def constant(self, value: Tensor) -> Tensor:
+        """A recorded tensor with the values of a real one.
+
+        Args:
+            value: A real tensor that nobody else uses.
+        Returns:
+            A meta tensor.
+        """
+        twin = meta_twin(value)
+        version = self._constant_version(value)
+        set_record(twin.untyped_storage(), Record(version.slot, version, CPU))
+        return twin
+
+    def concrete(self, wanted: Sequence[Tensor], reason: str) -> list[Tensor]:
+        """Work out the values of recorded tensors.
+
+        Args:
+            wanted: Recorded tensors.
+            reason: What asks for them.
+        Returns:
+            Real tensors of the same geometry, whose memory nobody else holds; those on one storage stay on one.
+
+        Memory: their storages, and what their operations need meanwhile.
+        """
+        self.take_over(wanted)
+        records = [record for tensor in wanted if (record := record_of(tensor)) is not None]
+        memory = replay({id(record.version): record.version for record in records}.values())
+        found = []
+        with plain():
+            for tensor, record in zip(wanted, records, strict=True):
+                storage = memory[record.slot]
+                found.append(tensor_on(storage, geometry_of(tensor)))
+                if record.slot.nbytes <= SMALL_BYTES and record.version.op.payload is None:
+                    record.version = Version(record.slot, Op.constant(storage.clone(), record.slot, geometry_of(tensor)))
+        self._tell(reason, sum(storage.nbytes() for storage in memory.values()))
+        return found
+
+    def numpy_view(self, tensor: Tensor) -> Any:
+        """A numpy array with the values of a recorded tensor, whose changes are noticed."""
+        (real,) = self.concrete([tensor], "Tensor.numpy")
+        record = record_of(tensor)
+        assert record is not None
+        view, array = NumpyView.of(real, record)
+        self._views.append(view)
+        return array
+
+    def take_over(self, touched: Sequence[Tensor] | None = None) -> None:
+        """Write down what was written to numpy arrays that share memory with recorded tensors.
+
+        Args:
+            touched: Tensors to look at; None for all.
+        """
+        self._views = [view for view in self._views if view.is_alive()]
+        if self._views:
+            records = None if touched is None else [record_of(tensor) for tensor in touched]
+            for view in self._views:
+                if records is None or any(view.record is record for record in records):
+                    view.take_over()
+
+    def settle(self) -> None:
+        """Give every generator that was drawn from the state that eager construction would have left."""
+        with plain():
+            for generator in self._generators.values():
+                generators.settle(generator)
+
+    def tell_real(self, func: Any) -> None:
+        """Count something that was made real at once."""
+        for tally in self.tallies:
+            tally.real[str(func)] += 1
+
+    def _tell(self, reason: str, nbytes: int) -> None:
+        for tally in self.tallies:
+            tally.concretised[reason] += 1
+            tally.concretised_bytes[reason] += nbytes
+
+    def _draw(self, op: Op, generator: torch.Generator, result: Any) -> tuple[Position, Position]:
+        """Where a random operation draws from, and where it leaves the generator."""
+        op.position = position = generators.position_of(generator)
+        args, kwargs = map_leaves(lambda leaf: None if isinstance(leaf, Ref) else leaf, (op.args, op.kwargs))
+        with plain():
+            draw = draw_of(op.func, args, kwargs, result) if isinstance(result, Tensor) else None
+            following = None if draw is None else after(position, draw)
+            if following is None:
+                scratch = position.generator()
+                memory = replay([ref.version for ref in op.refs() if ref.version is not None])
+                execute(op, memory, scratch)
+                following = Position.of(scratch)
+                self._tell(str(op.func), sum(storage.nbytes() for storage in memory.values()))
+        return position, following
+
+    def _reference(self, leaf: Any, overwritten: bool) -> Any:
+        if isinstance(leaf, torch.device):
+            return CPU
+        if not isinstance(leaf, Tensor):
+            return leaf
+        record = record_of(leaf)
+        if record is not None:
+            return Ref(record.slot, None if overwritten else record.version, geometry_of(leaf))
+        if leaf.is_meta:
+            return leaf
+        # A real tensor may change later: keep what it holds now.
+        kept = leaf.detach().clone()
+        version = self._constant_version(kept)
+        return Ref(version.slot, version, geometry_of(kept))
+
+    def _constant_version(self, value: Tensor) -> Version:
+        storage = value.untyped_storage()
+        slot = Slot(storage.nbytes())
+        for tally in self.tallies:
+            tally.constant_bytes += slot.nbytes
+        return Version(slot, Op.constant(storage, slot, geometry_of(value)))
+
+
+def meta_twin(real: Tensor) -> Tensor:
+    """A meta tensor that lies in its storage as a real one does.
+
+    Args:
+        real: A real tensor.
+    Returns:
+        A meta tensor without a record.
+    """
+    with plain():
+        return tensor_on(torch.UntypedStorage(real.untyped_storage().nbytes(), device=META), geometry_of(real))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor covers every byte of its storage."""
+    nbytes = tensor.numel() * tensor.element_size()
+    return tensor.storage_offset() == 0 and tensor.is_contiguous() and nbytes == tensor.untyped_storage().nbytes()
+
+
+def _shares(tensor: Tensor, others: Any) -> bool:
+    """Whether other arguments lie on the same storage."""
+    storage = tensor.untyped_storage()._cdata
+    return any(other.untyped_storage()._cdata == storage for other in tensors(others))
+
+
+def _device_of(arguments: Any) -> torch.device:
+    """Where a result would lie: where it was asked for, or where the first recorded argument would."""
+    kwargs, args = arguments
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, torch.device):
+            return value
+    records = (record_of(tensor) for tensor in tensors((args, kwargs)))
+    return next((record.device for record in records if record is not None), CPU)
