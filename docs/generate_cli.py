@@ -83,8 +83,8 @@ def row(parameter: Any) -> tuple[str, str, str]:
         names = parameter.metavar
     else:
         names = ", ".join([*parameter.opts, *parameter.secondary_opts])
-    default = "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"
-    return f"`{names}`", parameter.help or "", default
+    default = ",".join(parameter.default) if isinstance(parameter.default, list) else parameter.default
+    return f"`{names}`", parameter.help or "", "" if default is None or default is False else f"`{default}`"
 
 
 def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

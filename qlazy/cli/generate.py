@@ -23,6 +23,7 @@ from qlazy.memory import anonymous_bytes
 from qlazy.recipe import make_recipe
 from qlazy.report import LoadReport, Progress
 from qlazy.source import Source, open_source
+from qlazy.trace import Trace
 
 Messages = list[dict[str, str]]
 """A conversation in the form of chat templates."""
@@ -157,13 +158,14 @@ class Loaded:
         return config
 
 
-def load(source: Source, options: Options, *, speaks: bool = True) -> Loaded:
+def load(source: Source, options: Options, *, speaks: bool = True, trace: Trace | None = None) -> Loaded:
     """Load a model and its tokenizer, showing progress on stderr.
 
     Args:
         source: An opened source, of which the headers are enough.
         options: The shared options.
         speaks: Whether the model will be asked anything, and so needs a tokenizer.
+        trace: Takes what the load does.
     Returns:
         The model, ready to answer.
     Raises:
@@ -174,7 +176,7 @@ def load(source: Source, options: Options, *, speaks: bool = True) -> Loaded:
     with Display(silent=options.quiet or options.json) as display:
         source = fetch(source, options, display)
         tokenizer = load_tokenizer(source) if speaks else None
-        model = load_source(source, recipe, budget, on_progress=display, **options.load_arguments())
+        model = load_source(source, recipe, budget, on_progress=display, trace=trace, **options.load_arguments())
     return Loaded(model=model, tokenizer=tokenizer, max_model_len=options.max_model_len)
 
 

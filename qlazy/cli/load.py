@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,8 +12,11 @@ import typer
 from qlazy.cli.app import app, print_json
 from qlazy.cli.options import Model, Options, with_options
 from qlazy.cli.plan import draw_up, plan_only, text
+from qlazy.errors import UsageError
 from qlazy.plan import require_fit
+from qlazy.plot import draw_load, require_plot, save_figure
 from qlazy.report import LoadReport, measured_table, report_to_json, timings
+from qlazy.trace import Trace, span
 
 if TYPE_CHECKING:
     from qlazy.cli.generate import Loaded
@@ -22,7 +26,8 @@ PROMPT = "In one sentence, what is the sea?"
 
 
 @app.command(
-    epilog="Examples:\nqlazy load demo\nqlazy load llama-8b --bits 8 --dry-run\nqlazy load ./folder --format nf4 --json"
+    epilog="Examples:\nqlazy load demo\nqlazy load llama-8b --bits 8 --dry-run\nqlazy load ./folder --format nf4 --json\n"
+    "qlazy load demo --plot memory.png --trace trace.json"
 )
 @with_options
 def load(
@@ -30,20 +35,34 @@ def load(
     *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan, as `qlazy plan` does.")] = False,
     prompt: Annotated[str, typer.Option(help="What to ask the model afterwards; '' asks nothing.")] = PROMPT,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write reads, quantization and memory over time to this file, for ui.perfetto.dev.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw memory and bytes read over time to this file (.png, .svg, .pdf).")
+    ] = None,
     options: Options,
 ) -> None:
     """Load MODEL, verify it, and report planned against measured bytes."""
     if dry_run:
+        if trace is not None or plot is not None:
+            raise UsageError("--dry-run loads nothing that could be traced or drawn.", hint="Leave --trace and --plot out.")
         plan_only(model, options)
         return
-    source, planned = draw_up(model, options)
+    taken, picture = None if trace is None else Trace(trace), None if plot is None else require_plot(plot)
+    with span(taken, "resolve"):
+        source, planned = draw_up(model, options)
     options.say(text(source, planned, options))
     require_fit(planned, source)
 
     from qlazy.cli import generate
 
-    loaded = generate.load(source, options, speaks=bool(prompt))
+    loaded = generate.load(source, options, speaks=bool(prompt), trace=taken)
     report = loaded.report
+    if taken is not None:
+        taken.write()
+    if picture is not None:
+        save_figure(draw_load(report), picture)
     options.say(f"{verified(loaded)}\n{measured_table(report)}\n{timings(report)}{remarks(report)}")
     said = (
         loaded.answer([{"role": "user", "content": prompt}] if loaded.chats else prompt, max_new_tokens=32) if prompt else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 
@@ -84,3 +86,26 @@ def test_recipe_reaches_the_model(qlazy, tiny, flags):
         {t["name"].removesuffix(".weight"): t["format"] for t in p["tensors"] if t["format"]} for p in (planned, loaded["plan"])
     ]
     assert formats[0] == formats[1] and formats[0]
+
+
+def test_trace_and_plot_are_written(qlazy, tiny, tmp_path):
+    trace, plot = tmp_path / "trace.json", tmp_path / "memory.svg"
+    done = qlazy("load", tiny, "--prompt", "", "--json", "--trace", trace, "--plot", plot)
+    assert done.code == 0 and done.err == ""
+    events = json.loads(trace.read_text())["traceEvents"]
+    stages = [event["name"] for event in events if event["ph"] == "X" and event["name"] not in ("read", "quantize", "place")]
+    assert stages == ["resolve", "plan", "build", "stream", "finish"]
+    assert sum(event["args"]["bytes"] for event in events if event["name"] == "read") == done.json["bytes_read"]
+    assert done.json["read_samples"][-1][1] == done.json["bytes_read"]
+    assert len(done.json["read_samples"]) == len(done.json["samples"])
+    drawn = plot.read_text()
+    assert all(words in drawn for words in ("host memory, ", "bytes read, ", "planned peak", "seconds"))
+
+
+@pytest.mark.parametrize("flag", ["--trace", "--plot"])
+def test_files_that_cannot_be_written_are_refused_before_the_load(qlazy, tiny, tmp_path, flag):
+    done = qlazy("load", tiny, flag, tmp_path / "absent" / "a.png")
+    assert done.code == 2 and "there is no folder" in done.err and "free now" not in done.err
+    done = qlazy("load", tiny, flag, tmp_path / "a.png", "--dry-run")
+    assert done.code == 2 and "--dry-run loads nothing" in done.err
+    assert list(tmp_path.iterdir()) == []

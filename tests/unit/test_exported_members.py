@@ -41,6 +41,7 @@ def test_unknown_name_is_an_attribute_error():
 TORCH_FREE = [
     "qlazy",
     "qlazy.api",
+    "qlazy.bench",
     "qlazy.budget",
     "qlazy.cli",
     "qlazy.configs",
@@ -53,6 +54,7 @@ TORCH_FREE = [
     "qlazy.plan_data",
     "qlazy.plan_devices",
     "qlazy.plan_entries",
+    "qlazy.plot",
     "qlazy.recipe",
     "qlazy.report",
     "qlazy.sizes",

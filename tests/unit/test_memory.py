@@ -233,6 +233,18 @@ def test_meter_sees_an_allocation_that_is_gone_again():
     assert len(meter.samples) == count
 
 
+def test_meter_watches_a_number_at_the_same_times():
+    done = 0
+    with Meter(interval_s=0.005) as meter:
+        wait_for_samples(meter, 1)
+        meter.watch(lambda: done)
+        for done in range(1, 4):  # noqa: B007  # the lambda reads it
+            wait_for_samples(meter, 2)
+    assert [seconds for seconds, _ in meter.watched] == [seconds for seconds, _ in meter.samples]
+    numbers = [number for _, number in meter.watched]
+    assert numbers == sorted(numbers) and set(numbers) == {0, 1, 2, 3} and numbers[-1] == 3
+
+
 def test_meter_stops_when_its_block_raises():
     meter = Meter(interval_s=0.005)
     with pytest.raises(KeyError), meter:
