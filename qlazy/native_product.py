@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ INT4, INT8, CODEBOOK4 = range(3)
 """Kinds of weight, as in `csrc/product.c`."""
 
 _DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
-_A, _I = ctypes.c_void_p, ctypes.c_int64
-_WEIGHT = [(name, _A) for name in ("packed", "scale", "zero", "nested_absmax", "nested_offset", "nested_code", "code")]
+# Arguments go over as a row of 64-bit integers, addresses among them, as the structs of the C code have them: to make one of
+# ctypes' own structures takes longer than a small product.
+_PRODUCT, _BLOCK = struct.Struct("19q"), struct.Struct("16q")
 
 
 class Weight(NamedTuple):
@@ -39,122 +40,95 @@ class Weight(NamedTuple):
     """float32 (16,), the values of a codebook."""
 
 
-class _Product(ctypes.Structure):
-    _fields_ = [
-        *_WEIGHT,
-        ("x", _A),
-        ("bias", _A),
-        ("y", _A),
-        ("kind", _I),
-        ("scale_dtype", _I),
-        ("x_dtype", _I),
-        ("y_dtype", _I),
-        ("bias_dtype", _I),
-        ("tokens", _I),
-        ("rows", _I),
-        ("columns", _I),
-        ("group", _I),
-        ("threads", _I),
-    ]
-
-
-class _Block(ctypes.Structure):
-    _fields_ = [
-        *_WEIGHT,
-        ("out", _A),
-        ("kind", _I),
-        ("scale_dtype", _I),
-        ("out_dtype", _I),
-        ("first", _I),
-        ("rows", _I),
-        ("columns", _I),
-        ("group", _I),
-        ("threads", _I),
-    ]
-
-
-def linear(x_MK: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
     """Multiply a few tokens by a low-bit weight without unpacking it; each packed byte is read from memory once.
 
     Columns of x become 16-bit integers with one scale for every 32 of them (two such planes in float32), products are summed
     exactly within a vector lane and then in float32: the error is that of rounding y, as in torch's own product.
 
     Args:
-        x_MK: (M, K) in bfloat16, float16 or float32.
+        x: (..., K) in bfloat16, float16 or float32, at least one token.
         weight: The weight.
         bias: (N,), or None.
 
     Returns:
-        (M, N) in the dtype of `x_MK`; None where the loop does not take it, or there is no compiler.
+        (..., N) in the dtype of `x`; None where the loop does not take it, or there is no compiler.
 
     Memory: the result and ten bytes for each element of x.
     """
     loops = native.library()
-    if loops is None or not _taken(weight, x_MK.dtype) or x_MK.device.type != "cpu" or x_MK.shape[0] == 0:
+    x_dtype = _DTYPES.get(x.dtype)
+    if loops is None or x_dtype is None or not _taken(weight) or not x.is_cpu:
         return None
-    x_MK = x_MK.contiguous()
     rows, columns = weight.shape
-    y_MN = torch.empty((x_MK.shape[0], rows), dtype=x_MK.dtype)
-    product = _Product(
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], rows))
+    arguments = _PRODUCT.pack(
         *_addresses(weight),
-        x_MK.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y_MN.data_ptr(),
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
         weight.kind,
         _DTYPES.get(weight.scale.dtype, 1),
-        _DTYPES[x_MK.dtype],
-        _DTYPES[x_MK.dtype],
+        x_dtype,
         0 if bias is None else _DTYPES[bias.dtype],
-        x_MK.shape[0],
+        x.numel() // columns,
         rows,
         columns,
         weight.group_size,
         torch.get_num_threads(),
     )
-    return None if loops.qlazy_linear(ctypes.addressof(product)) else y_MN
+    return None if loops.qlazy_linear(arguments) else y
 
 
-def dequantize(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor | None:
+def dequantize(weight: Weight, start: int, stop: int, out: Tensor) -> bool:
     """Rows of a weight as the model computes with them: code times scale in float32, rounded once.
 
     Args:
         weight: The weight.
-        dtype: Of the result.
         start: First row.
         stop: One past the last row.
+        out: (stop - start, K) in bfloat16, float16 or float32, contiguous, to write to.
 
     Returns:
-        (stop - start, K); None where the loop does not take it, or there is no compiler.
+        False where the loop does not take it, or there is no compiler.
 
-    Memory: the result.
+    Memory: none.
     """
     loops = native.library()
-    if loops is None or not _taken(weight, dtype):
-        return None
-    rows = torch.empty((stop - start, weight.shape[1]), dtype=dtype)
-    block = _Block(
+    dtype = _DTYPES.get(out.dtype)
+    if loops is None or dtype is None or not _taken(weight) or not native.on_cpu(out):
+        return False
+    arguments = _BLOCK.pack(
         *_addresses(weight),
-        rows.data_ptr(),
+        out.data_ptr(),
         weight.kind,
         _DTYPES.get(weight.scale.dtype, 1),
-        _DTYPES[dtype],
+        dtype,
         start,
         stop - start,
         weight.shape[1],
         weight.group_size,
         torch.get_num_threads(),
     )
-    loops.qlazy_dequantize(ctypes.addressof(block))
-    return rows
+    loops.qlazy_dequantize(arguments)
+    return True
 
 
-def _taken(weight: Weight, dtype: torch.dtype) -> bool:
+def _taken(weight: Weight) -> bool:
     columns, group = weight.shape[1], weight.group_size
-    shapes = columns % 8 == 0 and (group % 32 == 0 or group == columns) and (weight.kind != CODEBOOK4 or columns % 64 == 0)
-    return shapes and dtype in _DTYPES and native.on_cpu(weight.packed, weight.scale)
+    if columns % 8 or (group % 32 and group != columns) or (weight.kind == CODEBOOK4 and columns % 64):
+        return False
+    packed, scale = weight.packed, weight.scale
+    return packed.is_cpu and packed.is_contiguous() and scale.is_contiguous()
 
 
-def _addresses(weight: Weight) -> tuple[int | None, ...]:
-    nested = (None, None, None) if weight.nested is None else weight.nested
-    tensors = (weight.packed, weight.scale, weight.zero, *nested, weight.code)
-    return tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
+def _addresses(weight: Weight) -> tuple[int, int, int, int, int, int, int]:
+    zero, nested, code = weight.zero, weight.nested, weight.code
+    return (
+        weight.packed.data_ptr(),
+        weight.scale.data_ptr(),
+        0 if zero is None else zero.data_ptr(),
+        *((0, 0, 0) if nested is None else (nested[0].data_ptr(), nested[1].data_ptr(), nested[2].data_ptr())),
+        0 if code is None else code.data_ptr(),
+    )

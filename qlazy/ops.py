@@ -10,6 +10,8 @@ through blocks of rows that are dequantized into a small scratch and multiplied 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -19,10 +21,13 @@ from qlazy.formats import BNB_BLOCK
 from qlazy.native_product import CODEBOOK4, INT4, INT8, Weight
 from qlazy.packing import unpack_int4, unpack_zero_points
 
-BLOCK_ROWS = 256
-"""Rows dequantized at a time: a multiple of 64, so that a block starts on a block of every format."""
+BLOCK_ELEMENTS = 1 << 21
+"""Elements dequantized at a time: few enough to stay in a cache, enough for torch's product to be at its best."""
 
-FEW_TOKENS = {INT4: 16, INT8: 16, CODEBOOK4: 16}
+ROW_BLOCK = 64
+"""Blocks begin at multiples of this, so that they begin on a block of every format."""
+
+FEW_TOKENS = {INT4: 8, INT8: 8, CODEBOOK4: 8}
 """Up to this many tokens the compiled products are faster than dequantizing (measured, see docs/decisions/0005)."""
 
 _library = torch.library.Library("qlazy", "DEF")
@@ -39,25 +44,57 @@ _library.define(f"linear_int8_backward(Tensor grad, {_INT8}) -> Tensor")
 _library.define(f"linear_codebook4_backward(Tensor grad, {_CODEBOOK4}, int in_features) -> Tensor")
 
 
-def dequantize_rows(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-    """Rows of a weight as the model computes with them.
+def dequantize_rows(weight: Weight, start: int, stop: int, out: Tensor) -> Tensor:
+    """Rows of a weight as the model computes with them: the product of code and scale, rounded once.
 
     Args:
         weight: On any device.
-        dtype: Of the result.
         start: First row, a multiple of 64.
         stop: One past the last row.
+        out: Contiguous (at least stop - start, K), any float dtype, on the same device, to write to.
 
     Returns:
-        (stop - start, K): the product of code and scale, rounded once.
+        The first rows of `out`.
 
-    Memory: the result; without the compiled loops about five bytes for each element more.
+    Memory: without the compiled loops nine bytes for each element.
     """
-    rows = native_product.dequantize(weight, dtype, start, stop)
-    if rows is not None:
-        return rows
-    plain = {INT4: _plain_int4, INT8: _plain_int8, CODEBOOK4: _plain_codebook4}[weight.kind]
-    return plain(weight, dtype, start, stop)
+    rows = out[: stop - start]
+    if not native_product.dequantize(weight, start, stop, rows):
+        plain = {INT4: _plain_int4, INT8: _plain_int8, CODEBOOK4: _plain_codebook4}[weight.kind]
+        rows.copy_(plain(weight, out.dtype, start, stop))
+    return rows
+
+
+def row_ranges(weight: Weight) -> list[tuple[int, int]]:
+    """The blocks of rows in which a weight is dequantized.
+
+    Args:
+        weight: The weight.
+
+    Returns:
+        First row and one past the last: BLOCK_ELEMENTS at a time, or 64 rows where these are more.
+    """
+    rows, columns = weight.shape
+    step = max(ROW_BLOCK, BLOCK_ELEMENTS // columns // ROW_BLOCK * ROW_BLOCK)
+    return [(start, min(rows, start + step)) for start in range(0, rows, step)]
+
+
+def row_blocks(weight: Weight, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """A whole weight, dequantized block by block into one scratch.
+
+    Args:
+        weight: On any device.
+        dtype: Of the values.
+
+    Yields:
+        First row, one past the last, and their values, which hold until the next block.
+
+    Memory: the scratch of one block.
+    """
+    ranges = row_ranges(weight)
+    scratch = torch.empty(ranges[0][1], weight.shape[1], dtype=dtype, device=weight.packed.device)
+    for start, stop in ranges:
+        yield start, stop, dequantize_rows(weight, start, stop, scratch)
 
 
 def _plain_int4(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:
@@ -142,16 +179,15 @@ def codebook4_weight(
 
 def _product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     rows, columns = weight.shape
-    x_MK = x.reshape(-1, columns)
-    tokens = x_MK.shape[0]
-    if tokens <= FEW_TOKENS[weight.kind]:
-        few = native_product.linear(x_MK, weight, bias)
+    tokens = x.numel() // columns
+    if 0 < tokens <= FEW_TOKENS[weight.kind]:
+        few = native_product.linear(x, weight, bias)
         if few is not None:
-            return few.view(*x.shape[:-1], rows)
+            return few
+    x_MK = x.reshape(-1, columns)
     y_MN = x.new_empty(tokens, rows)
-    for start in range(0, rows, BLOCK_ROWS):
-        stop = min(rows, start + BLOCK_ROWS)
-        y_MN[:, start:stop] = linear(x_MK, dequantize_rows(weight, x.dtype, start, stop))
+    for start, stop, block in row_blocks(weight, x.dtype):
+        y_MN[:, start:stop] = linear(x_MK, block)
     if bias is not None:
         y_MN += bias
     return y_MN.view(*x.shape[:-1], rows)
@@ -162,9 +198,8 @@ def _product_backward(grad: Tensor, weight: Weight) -> Tensor:
     grad_MN = grad.reshape(-1, rows)
     # Summed in float32: the blocks are parts of one sum.
     total = torch.zeros(grad_MN.shape[0], columns, dtype=torch.float32, device=grad.device)
-    for start in range(0, rows, BLOCK_ROWS):
-        stop = min(rows, start + BLOCK_ROWS)
-        total += grad_MN[:, start:stop] @ dequantize_rows(weight, grad.dtype, start, stop)
+    for start, stop, block in row_blocks(weight, grad.dtype):
+        total += grad_MN[:, start:stop] @ block
     return total.to(grad.dtype).view(*grad.shape[:-1], columns)
 
 
@@ -217,7 +252,7 @@ def _linear_codebook4_backward(
     return _product_backward(grad, codebook4_weight(packed, absmax, nested_absmax, nested_offset, shape, kind))
 
 
-assert BLOCK_ROWS % BNB_BLOCK == 0
+assert ROW_BLOCK % BNB_BLOCK == 0
 for _device in ("CPU", "CUDA"):
     _library.impl("linear_int4", _linear_int4, _device)
     _library.impl("linear_int8", _linear_int8, _device)
