@@ -32,7 +32,7 @@ class Trace:
     Raises:
         UsageError: it could not be written.
 
-    Memory: about half a KiB for each chunk that is read.
+    Memory: about 1.3 KiB for each chunk that is read and placed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
