@@ -1,17 +1,21 @@
 """What each format costs in quality: KL divergence from the 16-bit model, at bits per weight counted to the byte.
 
-    python benchmarks/quality.py [--seed 7] [--only int4-g32-asym nf4] [--json FILE]
+    python benchmarks/quality.py [--seed 7] [--only int4-g32-asym nf4] [--heads] [--json FILE]
 
 The model is the demo model with its channels shuffled (`shuffle_channels.py` says why), its weights rounded to bfloat16.
 Every row replaces the weight of each Linear layer (the head is kept) by what the format makes of it, rounded to bfloat16;
 everything is computed in float32, the reference too. The text is `text.txt`, in windows of 512 tokens. KL is the mean over
 predicted tokens in nats with its standard error; the difference to NF4 is paired token by token, which takes most of the noise
 out.
+
+`--heads` asks what an output head costs: a copy of the model whose head is a tensor of its own, with the head in 16 bits and in
+several formats, and the difference to 16 bits paired in the same way.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -32,6 +36,12 @@ from qlazy.quantize import dequantize_int4, dequantize_int8, quantize_int4, quan
 TEXT = Path(__file__).with_name("text.txt")
 WINDOW_TOKENS = 512
 BASELINE = "nf4"
+PLAIN = "bfloat16"
+"""Nothing is quantized."""
+HEADS = (PLAIN, "int8-g64", "int8-channel", "int4-g32-asym", "nf4")
+"""What an output head is measured in; the first is what the others are compared with."""
+BODIES = (PLAIN, "int8-channel", "int4-g32-asym", "nf4")
+"""What the other layers are in meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +50,18 @@ class Row:
 
     name: str
     """Format, and how its codes were chosen."""
+    head: str
+    """Format of the output head."""
+    head_bytes: int
+    """Stored bytes of the output head."""
     bits_per_weight: float
-    """Stored bits of all Linear weights, scales and zeros included, over their number."""
+    """Stored bits of all Linear weights but the head, scales and zeros included, over their number."""
     kl: float
     """Mean of KL(16-bit || quantized) over the predicted tokens, in nats."""
     kl_error: float
     """Standard error of that mean."""
     less_than_baseline: float
-    """Mean of the paired difference KL(NF4) - KL(this)."""
+    """Mean of the paired difference KL(baseline) - KL(this); the baseline is NF4, or the same layers with a head in 16 bits."""
     less_than_baseline_error: float
     """Standard error of that difference."""
     perplexity: float
@@ -78,15 +92,16 @@ def methods() -> dict[str, tuple[Format, Callable[[Tensor, Any], Tensor]]]:
 
 
 @torch.no_grad()
-def measure(folder: Path, names: list[str]) -> Iterator[Row]:
-    """Yield one row for each name.
+def measure(folder: Path, names: list[str], heads: tuple[str, ...] = (PLAIN,)) -> Iterator[Row]:
+    """Yield one row for each name and head.
 
     Args:
         folder: Shuffled model in bfloat16 with its tokenizer.
         names: Rows of `methods()`; the baseline has to come first.
+        heads: Formats of the output head, which must not be tied where there is more than one: the first is then the baseline.
 
     Yields:
-        Rows in the order of `names`.
+        Rows in the order of `names`, for each of them those of `heads`.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(TEXT.read_text())["input_ids"])
@@ -95,6 +110,7 @@ def measure(folder: Path, names: list[str]) -> Iterator[Row]:
     head = model.get_output_embeddings()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     weights = {n: m.weight.to(torch.bfloat16) for n, m in linears.items()}
+    head_weight = head.weight.to(torch.bfloat16)
     elements = sum(w.numel() for w in weights.values())
     reference = [_log_probabilities(model, window).to(torch.float32) for window in windows]
     top = torch.cat([r.argmax(-1) for r in reference])
@@ -102,14 +118,14 @@ def measure(folder: Path, names: list[str]) -> Iterator[Row]:
     print(f"{len(targets)} predicted tokens; 16-bit perplexity {perplexity:.3f}; {elements:,} weights", flush=True)
 
     baseline: Tensor | None = None
-    for name in names:
-        fmt, roundtrip = methods()[name]
+    for name, head_name in itertools.product(names, heads):
         nbytes, squares, total, start = 0, 0.0, 0.0, time.perf_counter()
         for key, weight in weights.items():
-            used = fmt.for_columns(weight.shape[1])
-            linears[key].weight.copy_(roundtrip(weight, used))
-            nbytes += sum(s.nbytes for s in used.storage(*weight.shape, "bfloat16").values())
+            nbytes += _set(linears[key], weight, name)
         seconds = time.perf_counter() - start
+        head_bytes = _set(head, head_weight, head_name)
+        if len(heads) > 1 and head_name == heads[0]:
+            baseline = None
         for key, weight in weights.items():
             squares += float((linears[key].weight - weight).square().sum())
             total += float(weight.to(torch.float32).square().sum())
@@ -123,6 +139,8 @@ def measure(folder: Path, names: list[str]) -> Iterator[Row]:
         baseline = kl if baseline is None else baseline
         yield Row(
             name=name,
+            head=head_name,
+            head_bytes=head_bytes,
             bits_per_weight=nbytes * 8 / elements,
             kl=float(kl.mean()),
             kl_error=_standard_error(kl),
@@ -133,6 +151,17 @@ def measure(folder: Path, names: list[str]) -> Iterator[Row]:
             squared_error=squares / total,
             quantize_seconds=seconds,
         )
+
+
+def _set(linear: Any, weight: Tensor, name: str) -> int:
+    """Give a layer the weight that a row of `methods()` makes of `weight`; its stored bytes."""
+    if name == PLAIN:
+        linear.weight.copy_(weight)
+        return weight.nbytes
+    fmt, roundtrip = methods()[name]
+    used = fmt.for_columns(weight.shape[1])
+    linear.weight.copy_(roundtrip(weight, used))
+    return sum(s.nbytes for s in used.storage(*weight.shape, "bfloat16").values())
 
 
 def _log_probabilities(model: Any, window: Tensor) -> Tensor:
@@ -192,23 +221,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7, help="seed of the channel shuffle")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "qlazy" / "benchmarks")
     parser.add_argument("--only", nargs="+", choices=list(methods()), help="rows to measure; nf4 is always measured")
+    parser.add_argument("--heads", action="store_true", help="measure what an untied output head costs in each format")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     arguments = parser.parse_args()
     names = [name for name in methods() if not arguments.only or name in arguments.only or name == BASELINE]
-    folder = save_shuffled_demo(arguments.cache_dir / f"demo-shuffled-{arguments.seed}", seed=arguments.seed)
+    folder = arguments.cache_dir / f"demo-shuffled-{arguments.seed}{'-untied' if arguments.heads else ''}"
+    save_shuffled_demo(folder, seed=arguments.seed, untied=arguments.heads)
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     rows = []
-    for row in measure(folder, names):
-        if not rows:
+    for row in measure(folder, list(BODIES), HEADS) if arguments.heads else measure(folder, names):
+        if not rows and arguments.heads:
+            print("\n| Layers | Head | Head, MiB | KL, nats | Above a head in 16 bits by | Perplexity | Same top |")
+            print("|---|---|---|---|---|---|---|")
+        elif not rows:
             print("\n| Format | Bits per weight | KL, nats | Below NF4 by | Perplexity | Same top | Squared error |")
             print("|---|---|---|---|---|---|---|")
         rows.append(row)
-        print(
-            f"| {row.name} | {row.bits_per_weight:.3f} | {row.kl:.4f} ± {row.kl_error:.4f} "
-            f"| {row.less_than_baseline:+.4f} ± {row.less_than_baseline_error:.4f} | {row.perplexity:.2f} "
-            f"| {row.same_top:.1%} | {row.squared_error:.3e} |",
-            flush=True,
-        )
+        kl = f"{row.kl:.4f} ± {row.kl_error:.4f}"
+        if arguments.heads:
+            cells = [row.name, row.head, f"{row.head_bytes / 2**20:.1f}", kl]
+            cells += [f"{0 - row.less_than_baseline:+.4f} ± {row.less_than_baseline_error:.4f}"]
+            cells += [f"{row.perplexity:.2f}", f"{row.same_top:.1%}"]
+        else:
+            cells = [row.name, f"{row.bits_per_weight:.3f}", kl]
+            cells += [f"{row.less_than_baseline:+.4f} ± {row.less_than_baseline_error:.4f}"]
+            cells += [f"{row.perplexity:.2f}", f"{row.same_top:.1%}", f"{row.squared_error:.3e}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

@@ -58,12 +58,13 @@ def shuffle_channels(model: Any, *, seed: int) -> None:
         _reorder(mlp.down_proj, rows=residual, columns=hidden)
 
 
-def save_shuffled_demo(folder: Path, *, seed: int) -> Path:
+def save_shuffled_demo(folder: Path, *, seed: int, untied: bool = False) -> Path:
     """Write the shuffled demo model in bfloat16, with its tokenizer, unless the folder is there already.
 
     Args:
         folder: Where to write; it appears only when it is complete.
         seed: Seed of the permutations.
+        untied: Whether the output head becomes a tensor of its own, equal to the embedding.
 
     Returns:
         The folder.
@@ -90,6 +91,8 @@ def save_shuffled_demo(folder: Path, *, seed: int) -> Path:
         raise RuntimeError(f"Shuffling changed a logit by {change:.2g}; rounding alone stays below 0.001.")
     # transformers refuses to save a model that came from GGUF, so its weights move to a fresh one.
     del model.config.quantization_config
+    if untied:
+        model.config.tie_word_embeddings = False
     plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ def plan(
     group_size: int | None = None,
     symmetric: bool | None = None,
     double_quant: bool = True,
+    head_bits: int = 8,
     modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
     device_map: str | Mapping[str, str] = "auto",
     max_memory: Mapping[str | int, str | int] | None = None,
@@ -48,6 +49,7 @@ def plan(
         group_size: Columns that share a scale.
         symmetric: Int4 without zero points.
         double_quant: NF4 and FP4 with absmax in 8 bits.
+        head_bits: Bits of an output head that is not tied to the embedding: 8, 4, or 16 to keep it.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
         device_map: `auto`, `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
         max_memory: Bytes or sizes by device.
@@ -72,6 +74,7 @@ def plan(
         group_size=group_size,
         symmetric=symmetric,
         double_quant=double_quant,
+        head_bits=head_bits,
         modules_to_not_convert=modules_to_not_convert,
     )
     source = open_source(
@@ -89,6 +92,7 @@ def load_quantized(
     group_size: int | None = None,
     symmetric: bool | None = None,
     double_quant: bool = True,
+    head_bits: int = 8,
     modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
     device_map: str | Mapping[str, str] = "auto",
     max_memory: Mapping[str | int, str | int] | None = None,
@@ -119,6 +123,7 @@ def load_quantized(
         group_size: Columns that share a scale.
         symmetric: Int4 without zero points.
         double_quant: NF4 and FP4 with absmax in 8 bits.
+        head_bits: Bits of an output head that is not tied to the embedding: 8, 4, or 16 to keep it.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
         device_map: `auto`, `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
         max_memory: Bytes or sizes by device.
@@ -153,6 +158,7 @@ def load_quantized(
         group_size=group_size,
         symmetric=symmetric,
         double_quant=double_quant,
+        head_bits=head_bits,
         modules_to_not_convert=modules_to_not_convert,
     )
 

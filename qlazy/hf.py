@@ -35,6 +35,7 @@ class QlazyConfig(QuantizationConfigMixin):
         group_size: Columns that share a scale.
         symmetric: Int4 without zero points.
         double_quant: NF4 and FP4 with absmax in 8 bits.
+        head_bits: Bits of an output head that is not tied to the embedding: 8, 4, or 16 to keep it.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
         **kwargs: What transformers adds when it reads a saved config; `quant_method` is all that is expected.
     Raises:
@@ -48,6 +49,7 @@ class QlazyConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         symmetric: bool | None = None,
         double_quant: bool = True,
+        head_bits: int = 8,
         modules_to_not_convert: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -60,6 +62,7 @@ class QlazyConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.symmetric = symmetric
         self.double_quant = double_quant
+        self.head_bits = head_bits
         self.modules_to_not_convert = modules_to_not_convert
         self.recipe()
 
@@ -75,6 +78,7 @@ class QlazyConfig(QuantizationConfigMixin):
             group_size=self.group_size,
             symmetric=self.symmetric,
             double_quant=self.double_quant,
+            head_bits=self.head_bits,
             modules_to_not_convert=self.modules_to_not_convert,
         )
 
@@ -95,6 +99,7 @@ class QlazyConfig(QuantizationConfigMixin):
             group_size=chosen.group_size,
             symmetric=chosen.symmetric if isinstance(chosen, Int4) else None,
             double_quant=getattr(chosen, "double_quant", True),
+            head_bits=recipe.head.bits if recipe.head else 16,
             modules_to_not_convert=list(recipe.modules_to_not_convert) or None,
         )
 
@@ -137,7 +142,7 @@ class QlazyQuantizer(HfQuantizer):
                 continue
             path = entry.name.removesuffix(".weight")
             layer: Any = model.get_submodule(path)
-            swapped = quant_layer(layer, fmt, getattr(torch, entry.dtype), _device(device_map, path))
+            swapped = quant_layer(layer, fmt, getattr(torch, entry.dtype))
             # transformers looks for the weight by its key; this stands in for it until `_Quantize` has filled the layer.
             swapped._parameters["weight"] = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
             model.set_submodule(path, swapped)

@@ -17,7 +17,7 @@ from qlazy.formats import ITEMSIZE, Int4, packed_nbytes
 from qlazy.plan_data import DevicePlan, Entry, Plan, TensorPlan, to_json
 from qlazy.plan_devices import assign, block_of, kv_by_block
 from qlazy.plan_entries import conversion_bytes, entries, require_unquantized, resolve_dtype
-from qlazy.recipe import REASONS, Recipe, make_recipe
+from qlazy.recipe import Recipe, make_recipe
 from qlazy.sizes import format_bytes
 from qlazy.source import Source
 
@@ -184,10 +184,11 @@ def _plan_tensor(entry: Entry, recipe: Recipe, dtype: str, device: str) -> Tenso
     if fmt is None:
         nbytes = math.prod(entry.shape) * ITEMSIZE.get(entry.dtype, 1)
     else:
-        nbytes = packed_nbytes(fmt, rows, columns, dtype, device)
+        nbytes = packed_nbytes(fmt, rows, columns, dtype)
     return TensorPlan(
         name=entry.name,
         shape=entry.shape,
+        kind=entry.kind,
         format=fmt,
         dtype=entry.dtype,
         reason=reason,
@@ -208,17 +209,7 @@ def _kind(device: str) -> str:
 
 def _what_fits(plan: Plan, source: Source) -> str:
     """The smallest change that makes the plan fit, tried in turn; no weights are read for it."""
-    kinds = {reason: kind for kind, reason in REASONS.items()}
-    held = [
-        Entry(
-            name=t.name,
-            shape=t.shape,
-            dtype=t.dtype,
-            kind="linear" if t.format is not None else kinds[t.reason],
-            source_nbytes=t.source_nbytes,
-        )
-        for t in plan.tensors
-    ]
+    held = [Entry(name=t.name, shape=t.shape, dtype=t.dtype, kind=t.kind, source_nbytes=t.source_nbytes) for t in plan.tensors]
     extra = next(d.staging_bytes for d in plan.devices if d.device == "cpu") - _host_staging(source)
 
     def again(recipe: Recipe, budget: Budget) -> Plan:

@@ -19,7 +19,7 @@ class Entry:
     name: str
     """Key in the checkpoint, or path in the model."""
     shape: tuple[int, ...]
-    """Its shape; for `linear` (rows, columns) = (out_features, in_features)."""
+    """Its shape; for `linear` and `head` (rows, columns) = (out_features, in_features)."""
     dtype: str
     """Dtype that it has in memory when it is not quantized."""
     kind: Kind
@@ -36,12 +36,14 @@ class TensorPlan:
     """Key in the checkpoint, or path in the model."""
     shape: tuple[int, ...]
     """Shape before quantization."""
+    kind: Kind
+    """What it is to the recipe."""
     format: Format | None
     """Low-bit format, or None where it keeps `dtype`."""
     dtype: str
     """Dtype in memory; of the scales where it is quantized."""
     reason: str
-    """Why it is not quantized; empty where it is."""
+    """Why it is not quantized, or has another format than most; empty for a quantized layer like any other."""
     device: str
     """Where it lives."""
     nbytes: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from qlazy.budget import Budget
 from qlazy.demand import buffers, layer_count, text_config
@@ -16,6 +17,14 @@ _MODEL_DTYPES = ("float32", "float16", "bfloat16")
 _EXPERT = re.compile(r"(.*\bexperts)\.[0-9]+\.(.*)")
 _CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_UNTIED = re.compile(
+    r"(codegen|dbrx|exaone4|glm4?|glm4_moe|gpt_neox|gpt_oss|gptj|granite|granitemoe|jamba|bamba|idefics3|internlm3|smolvlm"
+    r"|llama|llava|llava_next|minimax_m2|ministral|mistral|mixtral|nemotron|olmo[23]?|olmoe|persimmon|phi3?|phimoe|stablelm"
+    r"|deepseek_v[23]|qwen[23](_moe)?|qwen3_next|qwen(2|2_5|3)_vl|seed_oss)"
+)
+"""Model types whose config class leaves head and embedding untied where config.json does not say."""
+_TIED = ("t5", "mt5", "umt5", "longt5", "udop", "pop2piano", "csm", "hunyuan_vl", "paddleocr_vl", "shieldgemma2")
+"""Model types whose config class ties them whatever config.json says."""
 _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
 
 
@@ -56,10 +65,13 @@ def entries(source: Source, dtype: str) -> list[Entry]:
     """
     require_unquantized(source)
     require_plausible(source)
-    model_type = _model_type(source)
+    model_type, family = _model_type(source), str(text_config(source.config).get("model_type"))
+    tied = ties_head(source.config)
     found = []
     for t in sorted(source.tensors.values(), key=lambda t: (str(t.path), t.offset, t.name)):
-        kind = guess_kind(t.name, t.shape, model_type)
+        kind = guess_kind(t.name, t.shape, family)
+        if kind == "head" and tied:
+            kind = "tied"
         if t.name.endswith(".out_proj.weight") and t.name.replace(".out_proj.weight", ".in_proj_weight") in source.tensors:
             kind = "other"  # torch's MultiheadAttention multiplies by this weight itself; it cannot be swapped
         turned = kind == "linear" and _is_conv1d(t.name, model_type)
@@ -77,6 +89,22 @@ def entries(source: Source, dtype: str) -> list[Entry]:
         if name not in shapes:
             found.append(Entry(name=name, shape=(length,), dtype=buffer_dtype, kind="other", source_nbytes=0))
     return found
+
+
+def ties_head(config: Mapping[str, Any]) -> bool:
+    """Whether a model's output head is tied to its embedding, as far as the config tells; in doubt it is, and takes more bytes.
+
+    A tied head that is stored all the same counts as tied: what its values are, headers do not tell.
+
+    Args:
+        config: A config.json.
+    Returns:
+        What `tie_word_embeddings` says, the text model's True included, else what the model type's config class takes.
+    """
+    if text_config(config).get("tie_word_embeddings") is True or config.get("model_type") in _TIED:
+        return True
+    said = config.get("tie_word_embeddings")
+    return said if isinstance(said, bool) else not _UNTIED.fullmatch(str(config.get("model_type")))
 
 
 def conversion_bytes(source: Source) -> int:

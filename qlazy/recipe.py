@@ -13,23 +13,33 @@ from typing import Literal
 from qlazy.errors import UsageError
 from qlazy.formats import Codebook4, Format, Int4, Int8
 
-Kind = Literal["linear", "embedding", "head", "router", "experts", "listed", "other"]
-"""What a tensor is to the recipe. Only `linear` is quantized; the rest stay in the model's dtype."""
+Kind = Literal["linear", "head", "embedding", "tied", "read", "task", "router", "experts", "listed", "other"]
+"""What a tensor is to the recipe. Only `linear` and `head` are quantized; the rest stay in the model's dtype."""
 
 REASONS: dict[Kind, str] = {
-    "embedding": "embedding",
     "head": "output head",
+    "embedding": "embedding",
+    "tied": "output head tied to the embedding, or another weight with two names",
+    "read": "output head whose weight the model's own code reads",
+    "task": "head of a task, such as a classifier",
     "router": "router of a mixture of experts",
     "experts": "fused experts",
     "listed": "listed in modules_to_not_convert, or kept in float32 by the model",
     "other": "norm, bias, convolution or other small parameter",
 }
-"""Why a tensor of a kind is left in the model's dtype, as the report says it."""
+"""Why a tensor of a kind is left in the model's dtype, or has a format of its own, as the report says it."""
 
 _EMBEDDING = re.compile(
     r"^(wte|wpe|word_emb|shared|embed.*|.*_embed|.*embed(ding)?s?|.*_emb|emb|token_embd|position_embd|.*relative_attention_bias)$"
 )
-_HEAD = re.compile(r"^(lm_head|embed_out|score|classifier|qa_outputs|proj_out|output|head|logits|decoder)$")
+_HEAD = re.compile(
+    r"(^|\.)([a-z]+_)?(lm_head(\.decoder|\.out_proj)?|lm_loss|embed_out|output_layer|output_projection|vocab_projector"
+    r"|predictions\.decoder|mlm_score\.decoder|pred_layer\.proj)$|^output$"
+)
+_HEADS = re.compile(r"(^|\.)lm_heads\.\d+$")
+_TASK = re.compile(r"^(score|classifier|qa_outputs|proj_out|output|head|logits|decoder)$")
+_READ = ("mamba", "mamba2", "falcon_mamba", "xlstm", "hy_v4", "gemma4_assistant", "gemma4_unified_assistant")
+"""Model types whose code looks at `lm_head.weight` at every step: a packed head would be unpacked for it each time."""
 _KEPT = dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), re.compile(r"\.wo$"))
 """Linear layers that a family's class keeps in float32 (`_keep_in_fp32_modules`), by model type."""
 _ROUTER = re.compile(r"^(gate|router|shared_expert_gate|ffn_gate_inp.*)$")
@@ -42,12 +52,15 @@ class Recipe:
 
     format: Format = Int4()
     """Format of every layer that is quantized."""
+    head: Format | None = Int8()
+    """Format of an output head that is a linear layer of its own, not tied to the embedding; None keeps the model's dtype."""
     modules_to_not_convert: tuple[str, ...] = ()
-    """Names or globs of modules kept in the model's dtype, beside the defaults (embeddings, output heads, routers). A name
-    matches where it stands as whole dotted components: `mlp.down_proj` matches `model.layers.3.mlp.down_proj`."""
+    """Names or globs of modules kept in the model's dtype, beside the defaults (embeddings, tied heads, routers); they win over
+    `head` too. A name matches where it stands as whole dotted components: `mlp.down_proj` matches
+    `model.layers.3.mlp.down_proj`. `lm_head` matches the output head, whatever the model or file calls it."""
 
     def format_for(self, kind: Kind, name: str, rows: int, columns: int) -> tuple[Format | None, str]:
-        """Format of a weight, or None and the reason why it stays as it is.
+        """Format of a weight, or None, and the reason where it is not the recipe's own.
 
         Args:
             kind: What the tensor is.
@@ -55,13 +68,17 @@ class Recipe:
             rows: out_features.
             columns: in_features.
         Returns:
-            The format, made per-channel where its group does not divide `columns`, and an empty reason; or None and the reason.
+            The format, made per-channel where its group does not divide `columns`, and the reason, empty for a layer like any
+            other; or None and the reason.
         """
-        if kind != "linear":
+        if kind not in ("linear", "head"):
             return None, REASONS[kind]
-        if any(matches(pattern, name) for pattern in self.modules_to_not_convert):
+        names = (name, "lm_head") if kind == "head" else (name,)
+        if any(matches(pattern, name) for pattern in self.modules_to_not_convert for name in names):
             return None, REASONS["listed"]
-        return self.format.for_columns(columns), ""
+        if kind == "linear":
+            return self.format.for_columns(columns), ""
+        return (self.head.for_columns(columns) if self.head else None), REASONS["head"]
 
 
 def make_recipe(
@@ -71,6 +88,7 @@ def make_recipe(
     group_size: int | None = None,
     symmetric: bool | None = None,
     double_quant: bool = True,
+    head_bits: int = 8,
     modules_to_not_convert: tuple[str, ...] | list[str] | None = None,
 ) -> Recipe:
     """Make a recipe from the options of the command line and of `load_quantized`.
@@ -81,12 +99,18 @@ def make_recipe(
         group_size: 32, 64, 128, or -1 for the whole row. Default 32 for int4 and -1 for int8. NF4 and FP4 have blocks of 64.
         symmetric: Int4 only: True stores no zero points. Default False.
         double_quant: NF4 and FP4 only: store absmax in 8 bits.
+        head_bits: Of an output head that is not tied to the embedding: 8 is int8 with one scale a row, 4 the default int4, and
+            16 keeps the model's dtype.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
     Returns:
         The recipe.
     Raises:
         UsageError: bits, format or group size that does not exist, or an option that the format does not have.
     """
+    if head_bits not in (4, 8, 16):
+        raise UsageError(
+            f"head_bits is {head_bits!r}; an output head can have 4, 8 or 16.", hint="Leave --head-bits out for 8."
+        )
     if bits not in (4, 8):
         raise UsageError(f"bits is {bits!r}; qlazy quantizes to 4 or 8.", hint="Use --bits 4 or --bits 8.")
     name = format or ("int4" if bits == 4 else "int8")
@@ -108,7 +132,8 @@ def make_recipe(
         chosen = Int8(group_size=group_size or -1)
     else:
         chosen = Codebook4(kind=name, double_quant=double_quant)
-    return Recipe(format=chosen, modules_to_not_convert=tuple(modules_to_not_convert or ()))
+    heads: dict[int, Format | None] = {4: Int4(), 8: Int8(), 16: None}
+    return Recipe(format=chosen, head=heads[head_bits], modules_to_not_convert=tuple(modules_to_not_convert or ()))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -133,7 +158,7 @@ def guess_kind(name: str, shape: tuple[int, ...], model_type: str = "") -> Kind:
         shape: Its shape.
         model_type: The config's, where it is known: some families keep layers in float32.
     Returns:
-        The kind; `linear` only for two-dimensional `.weight` tensors with no other claim.
+        The kind; `linear` only for two-dimensional `.weight` tensors with no other claim. A `head` may still be tied.
     """
     path, _, last = name.rpartition(".")
     leaf = path.rpartition(".")[2]
@@ -143,8 +168,10 @@ def guess_kind(name: str, shape: tuple[int, ...], model_type: str = "") -> Kind:
         return "other"
     if _EMBEDDING.match(leaf) and leaf != "embed_out":
         return "embedding"
-    if _HEAD.match(leaf) and not _BLOCK.search(name):
-        return "head"
+    if _HEADS.search(path) or (_HEAD.search(path) and not _BLOCK.search(name)):
+        return "read" if model_type in _READ else "head"
+    if _TASK.match(leaf) and not _BLOCK.search(name):
+        return "task"
     if _ROUTER.match(leaf) or ".router." in name:
         return "router"
     if model_type in _KEPT and _KEPT[model_type].search(path):

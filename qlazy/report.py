@@ -75,7 +75,9 @@ def plan_table(plan: Plan, names: Mapping[str, str] | None = None) -> str:
             rows.append([label, *(format_bytes(v) if v or always else "-" for v in cells)])
 
     add("free now", (d.free_bytes for d in plan.devices), always=True)
-    add(f"{plan.recipe.format.name} weights with scales", (d.quantized_bytes for d in plan.devices))
+    for (name, reason), held in quantized(plan).items():
+        label = f"{name} {reason or 'weights'} with scales"
+        add(label, (sum(t.nbytes for t in held if t.device == d.device) for d in plan.devices))
     for (reason, dtype), kept in unquantized(plan).items():
         add(f"{dtype} {reason.partition(',')[0]}", (sum(t.nbytes for t in kept if t.device == d.device) for d in plan.devices))
     add(f"KV cache, {plan.budget.max_model_len} tokens", (d.kv_cache_bytes for d in plan.devices))
@@ -88,7 +90,7 @@ def plan_table(plan: Plan, names: Mapping[str, str] | None = None) -> str:
 
 
 def plan_summary(plan: Plan) -> str:
-    """What a plan does not quantize and why, its bits per weight, and whether it fits.
+    """What a plan quantizes and what not and why, its bits per weight, and whether it fits.
 
     Args:
         plan: Any plan.
@@ -97,6 +99,9 @@ def plan_summary(plan: Plan) -> str:
     """
     chosen = [t for t in plan.tensors if t.format is not None]
     lines = [f"Quantized: {_tensors(len(chosen))}, {plan.bits_per_weight():.2f} bits per weight with scales."]
+    for (name, reason), held in quantized(plan).items():
+        if reason:
+            lines.append(f"Of these in {name}: {_tensors(len(held))}, {format_bytes(sum(t.nbytes for t in held))} ({reason}).")
     for (reason, dtype), kept in unquantized(plan).items():
         lines.append(f"Kept in {dtype}: {_tensors(len(kept))}, {format_bytes(sum(t.nbytes for t in kept))} ({reason}).")
     verdict = "Fits." if plan.fits else "Does not fit."
@@ -104,6 +109,21 @@ def plan_summary(plan: Plan) -> str:
         f"{verdict} Reads {format_bytes(plan.source_bytes)} once and keeps {format_bytes(plan.weight_bytes)} of weights."
     )
     return "\n".join(lines)
+
+
+def quantized(plan: Plan) -> dict[tuple[str, str], list[TensorPlan]]:
+    """The tensors that are quantized, by format and the reason for it, in the plan's order of formats, the recipe's own first.
+
+    Args:
+        plan: Any plan.
+    Returns:
+        (name of the format, reason or an empty string) to tensors.
+    """
+    groups: dict[tuple[str, str], list[TensorPlan]] = {}
+    for tensor in plan.tensors:
+        if tensor.format is not None:
+            groups.setdefault((tensor.format.name, tensor.reason), []).append(tensor)
+    return dict(sorted(groups.items(), key=lambda item: item[0][1] != ""))
 
 
 def unquantized(plan: Plan) -> dict[tuple[str, str], list[TensorPlan]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qlazy.demand import text_config
 from qlazy.formats import Format
 from qlazy.layers import LAYERS
 from qlazy.match import Match
 from qlazy.plan import Entry, Plan, allocate, require_fit
 from qlazy.quant_linear import QuantLinear
 from qlazy.recipe import Kind, guess_kind
-from qlazy.source import Source
+from qlazy.source import Source, TensorInfo
 
 
 def swap_layers(model: PreTrainedModel, plan: Plan, match: Match, source: Source) -> Plan:
@@ -35,6 +37,7 @@ def swap_layers(model: PreTrainedModel, plan: Plan, match: Match, source: Source
 
     Memory: none; the new layers have no storage.
     """
+    untie(model, match)
     read = {target: fill.nbytes // len(fill.targets) for fill in match.fills for target in fill.targets}
     exact = allocate(
         entries_of(model, read),
@@ -51,26 +54,48 @@ def swap_layers(model: PreTrainedModel, plan: Plan, match: Match, source: Source
             continue
         path = tensor.name.removesuffix(".weight")
         layer = model.get_submodule(path)
-        model.set_submodule(path, quant_layer(layer, tensor.format, getattr(torch, tensor.dtype), tensor.device))
+        model.set_submodule(path, quant_layer(layer, tensor.format, getattr(torch, tensor.dtype)))
     return exact
 
 
-def quant_layer(layer: nn.Module, fmt: Format, dtype: torch.dtype, device: str) -> QuantLinear:
+def untie(model: PreTrainedModel, match: Match) -> None:
+    """Take a pair that is stored as two different tensors off the model's tied weights, so that an output head may be packed.
+
+    The config is wrong then, and transformers does not tie such a pair either, though it can tell only after loading.
+
+    Args:
+        model: A placeholder; its `all_tied_weights_keys` changes.
+        match: What fills it.
+
+    Memory: three samples of at most 4 KiB of each tensor, read here. A pair whose samples are equal stays tied.
+    """
+    stored = {fill.targets[0]: fill.sources[0] for fill in match.fills if fill.convert is None}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for target, origin in list(tied.items()):
+        one, other = stored.get(target), stored.get(origin)
+        if one and other and one.dtype == other.dtype and _sample(one) != _sample(other):
+            del tied[target]
+
+
+def _sample(tensor: TensorInfo) -> list[bytes]:
+    with tensor.path.open("rb") as file:
+        quarter = tensor.nbytes // 4
+        return [os.pread(file.fileno(), min(quarter, 4096), tensor.offset + i * quarter) for i in (1, 2, 3)]
+
+
+def quant_layer(layer: nn.Module, fmt: Format, dtype: torch.dtype) -> QuantLinear:
     """The low-bit layer that takes the place of a linear one.
 
     Args:
         layer: `nn.Linear` or Conv1D.
         fmt: Format of the weight.
         dtype: Dtype of scales.
-        device: Where it will live.
     Returns:
         A layer without storage for its weight; it keeps the bias parameter of `layer`.
     """
     assert isinstance(layer, (nn.Linear, Conv1D))
     columns, rows = (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-    swapped = LAYERS[type(fmt)](
-        columns, rows, format=fmt, dtype=dtype, device=device, bias=layer.bias, transposed=isinstance(layer, Conv1D)
-    )
+    swapped = LAYERS[type(fmt)](columns, rows, format=fmt, dtype=dtype, bias=layer.bias, transposed=isinstance(layer, Conv1D))
     return swapped.train(layer.training)
 
 
@@ -92,14 +117,14 @@ def entries_of(model: PreTrainedModel, read: Mapping[str, int]) -> list[Entry]:
         One entry a tensor, in the model's order.
     """
     tied = getattr(model, "all_tied_weights_keys", {})
-    untouchable = _not_convertible(model)
+    roles = _roles(model)
     entries = []
     for name, held in _tensors(model):
         if (name in tied or name in tied.values()) and name not in read:
             continue
         shape = tuple(held.tensor.shape)
-        kind = _kind(name, held, untouchable, read)
-        if kind == "linear" and isinstance(held.owner, Conv1D):
+        kind = _kind(name, held, roles, read)
+        if kind in ("linear", "head") and isinstance(held.owner, Conv1D):
             shape = (shape[1], shape[0])
         entries.append(
             Entry(
@@ -125,20 +150,20 @@ def _tensors(model: nn.Module) -> list[tuple[str, _Held]]:
     return found
 
 
-def _kind(name: str, held: _Held, untouchable: set[str], read: Mapping[str, int]) -> Kind:
-    """What a tensor is: the names' guess, held against the module; only plain linear layers that are read are `linear`."""
-    guess = guess_kind(name, tuple(held.tensor.shape))
+def _kind(name: str, held: _Held, roles: Mapping[str, Kind], read: Mapping[str, int]) -> Kind:
+    """What a tensor is: what the model says of it, else its name; only plain linear layers that are read are quantized."""
+    is_weight = name.endswith(".weight")
     if isinstance(held.owner, nn.Embedding):
         return "embedding"
-    if name in untouchable and isinstance(held.owner, nn.Linear) and name.endswith(".weight"):
-        return "head"
-    if guess != "linear":
+    if is_weight and isinstance(held.owner, nn.Linear | Conv1D) and name in roles:
+        kind = roles[name]
+    else:
+        kind = guess_kind(name, tuple(held.tensor.shape))
+    plain = _is_linear(held.owner) and is_weight and name in read
+    if kind == "experts" and plain and len(held.tensor.shape) == 2:
         # A list of small expert modules is as good as any linear layer; only fused experts have no low-bit layer yet.
-        inside_list = guess == "experts" and _is_linear(held.owner) and name.endswith(".weight") and len(held.tensor.shape) == 2
-        return "linear" if inside_list and name in read else guess
-    if not _is_linear(held.owner) or name not in read:
-        return "other"
-    return "linear"
+        return "linear"
+    return "other" if kind in ("linear", "head") and not plain else kind
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -146,16 +171,22 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
-def _not_convertible(model: PreTrainedModel) -> set[str]:
-    """Parameters of output heads and tied ones, and what the model class keeps in float32."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    names = set(tied) | set(tied.values())
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _roles(model: PreTrainedModel) -> dict[str, Kind]:
+    """What the model itself tells of its linear weights: output heads, those its class keeps in float32, tied ones."""
+    family = str(text_config(model.config.to_dict()).get("model_type"))
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = list(output) if isinstance(output, nn.ModuleList) else [output]
     kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     pattern = re.compile("|".join(rf"(^|\.){re.escape(word)}\." for word in kept)) if kept else None
+    roles: dict[str, Kind] = {}
     for path, module in model.named_modules():
-        if head is not None and module is head:
-            names |= {f"{path}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
-    if pattern is not None:
-        names |= {name for name, _ in model.named_parameters() if pattern.search(name)}
-    return names
+        name = f"{path}.weight"
+        named = guess_kind(name, (1, 1), family)
+        if any(module is head for head in heads):
+            roles[name] = "head"
+        if named == "read":
+            roles[name] = "read"
+        if pattern is not None and pattern.search(name):
+            roles[name] = "listed"
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return roles | dict.fromkeys([*tied, *tied.values()], "tied")

@@ -18,7 +18,7 @@ import typer
 from qlazy import configs
 from qlazy.errors import UsageError
 
-RECIPE_FIELDS = ("bits", "format", "group_size", "symmetric", "double_quant", "modules_to_not_convert")
+RECIPE_FIELDS = ("bits", "format", "group_size", "symmetric", "double_quant", "head_bits", "modules_to_not_convert")
 """What a recipe says, in a file, on the command line and in Python."""
 
 _WHAT = "What becomes of the weights"
@@ -73,6 +73,14 @@ class Options:
     double_quant: Annotated[
         bool | None,
         typer.Option("--double-quant/--no-double-quant", help="nf4 and fp4: scales in 8 bits, or not.", rich_help_panel=_WHAT),
+    ] = None
+    head_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of an output head that is not tied to the embedding: 8 (default), 4 or 16.",
+            rich_help_panel=_WHAT,
+            show_default=False,
+        ),
     ] = None
     modules_to_not_convert: Annotated[
         list[str] | None,

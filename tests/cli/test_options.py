@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlazy.cli.options import Options, complete_model, read_recipe
+from qlazy.cli.options import RECIPE_FIELDS, Options, complete_model, read_recipe
 from qlazy.configs import config_root
 from qlazy.errors import UsageError
 from qlazy.recipe import make_recipe
@@ -68,10 +68,16 @@ def test_options_are_those_of_load_quantized():
     from qlazy.api import load_quantized
 
     parameters = inspect.signature(load_quantized).parameters
-    everything = Options(bits=4, format="int4", group_size=64, symmetric=True, double_quant=True, modules_to_not_convert=["x"])
-    given = everything.recipe_arguments() | everything.budget_arguments() | everything.source_arguments()
+    everything = Options(bits=4, format="int4", group_size=64, symmetric=True, double_quant=True, head_bits=8)
+    given = (
+        everything.recipe_arguments()
+        | Options(modules_to_not_convert=["x"]).recipe_arguments()
+        | everything.budget_arguments()
+        | everything.source_arguments()
+    )
     given |= everything.load_arguments()
     assert set(given) <= set(parameters)
+    assert set(RECIPE_FIELDS) <= set(given)
     nothing = Options()
     assert nothing.recipe_arguments() == {}
     for name, value in (nothing.budget_arguments() | nothing.source_arguments() | nothing.load_arguments()).items():

@@ -23,9 +23,9 @@ def test_table_holds_the_numbers_of_the_plan(qlazy, tiny):
     plan = expected(tiny)
     assert done.code == 0
     assert done.out.splitlines()[0].endswith(f"{TINY_PARAMETERS / 1e6:.1f} M parameters, 2 layers, 1 file")
-    for words in ("cpu", "free now", "int4-g32-asym weights", "bfloat16 embedding", "bfloat16 output head", "left"):
+    for words in ("cpu", "free now", "int4-g32-asym weights", "bfloat16 embedding", "int8-channel output head", "left"):
         assert words in done.out
-    assert f"Quantized: 14 tensors, {plan.bits_per_weight():.2f} bits per weight" in done.out
+    assert f"Quantized: 15 tensors, {plan.bits_per_weight():.2f} bits per weight" in done.out
     assert "Kept in bfloat16: 1 tensor, 8 KiB (embedding)." in done.out
     assert "Fits." in done.out
     assert done.err == f"Next: qlazy load {tiny}\n"
@@ -82,8 +82,19 @@ def test_quiet_says_nothing_on_stderr(qlazy, tiny):
 
 def test_modules_to_not_convert_is_repeatable_and_reported(qlazy, tiny):
     done = qlazy("plan", tiny, "--modules-to-not-convert", "down_proj", "--modules-to-not-convert", "model.layers.0.*.q_proj")
-    assert "Quantized: 11 tensors" in done.out
+    assert "Quantized: 12 tensors" in done.out
     assert "Kept in bfloat16: 3 tensors, 40 KiB (listed in modules_to_not_convert" in done.out
+
+
+def test_the_head_can_be_kept_in_two_ways(qlazy, tiny):
+    bits = qlazy("plan", tiny, "--head-bits", "16")
+    assert "Quantized: 14 tensors" in bits.out and "Kept in bfloat16: 1 tensor, 8 KiB (output head)." in bits.out
+    assert "qlazy load" in bits.err and "--head-bits 16" in bits.err
+    listed = qlazy("plan", tiny, "--head-bits", "4", "--modules-to-not-convert", "lm_head")
+    assert "Quantized: 14 tensors" in listed.out
+    assert "Kept in bfloat16: 1 tensor, 8 KiB (listed in modules_to_not_convert" in listed.out
+    wrong = qlazy("plan", tiny, "--head-bits", "5")
+    assert wrong.code == 2 and "head_bits is 5" in wrong.err
 
 
 def test_next_command_repeats_the_options_but_no_token(qlazy, tiny):

@@ -83,7 +83,9 @@ def test_bytes_are_those_of_bitsandbytes(checkpoint, name, double_quant, kind):
 @pytest.mark.parametrize("double_quant", [True, False], ids=["nested", "plain"])
 def test_logits_are_those_of_transformers_with_bitsandbytes(checkpoint, double_quant, tokens):
     folder = checkpoint("llama")
-    ours = qlazy.load_quantized(folder, device_map="cpu", format="nf4", double_quant=double_quant)
+    # bitsandbytes leaves the output head in 16 bits.
+    kept = ["lm_head"]
+    ours = qlazy.load_quantized(folder, device_map="cpu", format="nf4", double_quant=double_quant, modules_to_not_convert=kept)
     theirs = load_theirs(folder, bnb_4bit_use_double_quant=double_quant)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     require_close_logits(ours, theirs, plain, inputs_of("llama", tokens)["input_ids"])

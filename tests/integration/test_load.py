@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import qlazy
-from qlazy.formats import Codebook4, Layout
+from qlazy.formats import Int4, Int8
 from qlazy.layers import LAYERS
 from qlazy.quant_linear import QuantLinear
 from qlazy.recipe import make_recipe
@@ -22,19 +22,20 @@ from tests.integration.conftest import MODELS, inputs_of, make, stored
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 QUANTIZED: dict[str, tuple[set[str], int]] = {
-    "llama": (LLAMA, 14),
+    "llama": ({*LLAMA, "lm_head"}, 15),
     "llama-tied": (LLAMA, 14),
     "llama-head": (LLAMA, 14),
-    "qwen2": (LLAMA, 14),
+    "qwen2": ({*LLAMA, "lm_head"}, 15),
     "gemma3": (LLAMA, 14),
-    "mixtral": ({"q_proj", "k_proj", "v_proj", "o_proj"}, 8),
-    "qwen2-moe": (LLAMA, 14),
+    "mixtral": ({"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}, 9),
+    "qwen2-moe": ({*LLAMA, "lm_head"}, 15),
     "gpt2": ({"c_attn", "c_proj", "c_fc"}, 8),
     "bert": ({"query", "key", "value", "dense"}, 13),
     "t5": ({"q", "k", "v", "o", "wi_0", "wi_1"}, 32),
     "siglip": ({"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}, 26),
 }
-"""Last names of the layers that are quantized, and how many there are; router, experts, heads and float32 layers are not."""
+"""Last names of the layers that are quantized, and how many there are; router, experts and float32 layers are
+not, nor heads that are tied or of a task."""
 
 
 def theirs(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> PreTrainedModel:
@@ -83,7 +84,7 @@ def require_same_weights(model: nn.Module, reference: nn.Module) -> None:
     for path, layer in quantized(model).items():
         original = reference.get_submodule(path)
         again = LAYERS[type(layer.format)](
-            layer.in_features, layer.out_features, format=layer.format, dtype=layer.dtype, device="cpu", bias=None
+            layer.in_features, layer.out_features, format=layer.format, dtype=layer.dtype, bias=None
         )
         again.allocate("cpu")
         again.fill(weight_of(original))
@@ -179,9 +180,8 @@ def test_format(checkpoint, options, dtype):
     model = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", dtype=dtype, **options)
     wanted = make_recipe(**options).format
     layers = quantized(model)
+    assert layers.pop("lm_head").format == Int8()
     assert len(layers) == 14 and all(layer.format == wanted for layer in layers.values())
-    in_cpu_order = not isinstance(wanted, Codebook4) and wanted.bits == 4 and dtype == "bfloat16"
-    assert {layer.layout for layer in layers.values()} == {Layout.CPU_INT4 if in_cpu_order else Layout.LOGICAL}
     reference = theirs("llama", checkpoint("llama"), getattr(torch, dtype))
     require_same_rest(model, reference)
     if dtype == "bfloat16":
@@ -223,11 +223,104 @@ def test_modules_to_not_convert_adds_to_the_defaults(checkpoint):
     )
     left = {path for path in plain if path.endswith("down_proj") or "layers.1.self_attn" in path}
     assert set(quantized(model)) == plain - left and len(left) == 6
-    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.format == Int8()
     reference = theirs("llama", checkpoint("llama"))
     require_same_rest(model, reference)
     reasons = {t.name: t.reason for t in model.qlazy_report.plan.tensors}
     assert all("modules_to_not_convert" in reasons[f"{path}.weight"] for path in left)
+
+
+UNTIED = ["llama", "qwen2", "mixtral", "qwen2-moe"]
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"format": "nf4"}], ids=["int4", "int8", "nf4"])
+@pytest.mark.parametrize("name", UNTIED)
+def test_an_untied_output_head_has_8_bits(checkpoint, name, options):
+    model = qlazy.load_quantized(checkpoint(name), device_map="cpu", **options)
+    whole = qlazy.load_quantized(checkpoint(name), device_map="cpu", modules_to_not_convert=["lm_head"], **options)
+    assert model.lm_head.format == Int8() and type(whole.lm_head) is nn.Linear
+    assert set(quantized(model)) - set(quantized(whole)) == {"lm_head"}
+    (head,) = [t for t in model.qlazy_report.plan.tensors if t.name == "lm_head.weight"]
+    assert (head.kind, head.format, head.reason) == ("head", Int8(), "output head")
+    # A code and a share of a scale for every two bytes.
+    saved = whole.qlazy_report.device_bytes["cpu"] - model.qlazy_report.device_bytes["cpu"]
+    assert saved == whole.lm_head.weight.nbytes - head.nbytes == 256 * 128 - 256 * 2
+    # Rounding moves a weight by up to half a step, evenly: a step over the root of 12 is to be expected.
+    inputs = inputs_of(name)
+    hidden, weight = whole.model(**inputs).last_hidden_state.double(), whole.lm_head.weight.double()
+    error = (output_of(model, inputs).double() - hidden @ weight.T).norm()
+    expected = (hidden.norm(dim=-1, keepdim=True) * weight.abs().amax(1) / 127 / 12**0.5).norm()
+    assert 0.8 <= error / expected <= 1.2
+
+
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "phi": ("PhiForCausalLM", "lm_head", {**MODELS["llama"][2]}),
+    "gpt_neox": ("GPTNeoXForCausalLM", "embed_out", {**MODELS["bert"][2], "tie_word_embeddings": False}),
+    "bert": ("BertForMaskedLM", "cls.predictions.decoder", {**MODELS["bert"][2], "tie_word_embeddings": False}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_heads_of_other_families(tmp_path, family):
+    """Under other names, with a bias, of encoders: found in the headers and in the model, by both ways of loading."""
+    architecture, stored_path, options = FAMILIES[family]
+    torch.manual_seed(0)
+    cls = getattr(transformers, architecture)
+    cls(transformers.AutoConfig.for_model(family, **options)).bfloat16().save_pretrained(tmp_path)
+    model, headers = qlazy.load_quantized(tmp_path, device_map="cpu"), qlazy.plan(tmp_path, device_map="cpu")
+    head = model.get_output_embeddings()
+    assert head.format == Int8() and (head.bias is not None) == (family != "gpt_neox")
+    (planned,) = [t for t in headers.tensors if t.name == f"{stored_path}.weight"]
+    assert (planned.format, planned.reason) == (Int8(), "output head")
+    report = model.qlazy_report
+    assert report.device_bytes["cpu"] == report.plan.weight_bytes <= headers.weight_bytes
+    other = cls.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=qlazy.QlazyConfig()).eval()
+    assert all(bit_equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(output_of(model, inputs_of("llama")), output_of(other, inputs_of("llama")))
+
+
+def test_head_of_a_t5_is_tied_or_not_by_what_is_stored(copied, rewrite):
+    """transformers' config calls every T5 tied, whatever config.json says; version 1.1 stores a head of its own."""
+    folder = copied("t5")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    tied = qlazy.load_quantized(folder, device_map="cpu")
+    assert tied.lm_head.weight is tied.shared.weight
+    weight = torch.randn(256, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    rewrite(folder, {"lm_head.weight": weight})
+    model, headers = qlazy.load_quantized(folder, device_map="cpu"), qlazy.plan(folder, device_map="cpu")
+    reference = theirs("t5", folder)
+    assert model.lm_head.format == Int8() and torch.equal(reference.lm_head.weight, weight)
+    require_same_weights(model, reference)
+    require_close_output("t5", model, reference)
+    plan = model.qlazy_report.plan
+    assert model.qlazy_report.device_bytes["cpu"] == plan.weight_bytes
+    assert headers.weight_bytes - plan.weight_bytes == 256 * 128 - 256 * 2, "headers do not tell what is stored"
+
+
+def test_a_head_that_the_models_code_reads_stays_in_16_bits(tmp_path):
+    config = transformers.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1, tie_word_embeddings=False)
+    transformers.MambaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    model = qlazy.load_quantized(tmp_path, device_map="cpu")
+    assert type(model.lm_head) is nn.Linear and quantized(model)
+    headers = qlazy.plan(tmp_path, device_map="cpu")
+    for plan in (headers, model.qlazy_report.plan):
+        (head,) = [t for t in plan.tensors if t.name == "lm_head.weight"]
+        assert head.format is None and "own code reads" in head.reason
+
+
+@pytest.mark.parametrize(("bits", "fmt"), [(4, Int4()), (16, None)])
+def test_bits_of_the_head_are_as_asked(checkpoint, bits, fmt):
+    model = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", head_bits=bits)
+    assert getattr(model.lm_head, "format", None) == fmt
+    reference = theirs("llama", checkpoint("llama"))
+    require_same_rest(model, reference)
+    require_same_weights(model, reference)
+    assert model.config.quantization_config.head_bits == bits
+    assert model.qlazy_report.device_bytes["cpu"] == model.qlazy_report.plan.weight_bytes
+    assert (
+        qlazy.plan(checkpoint("llama"), device_map="cpu", head_bits=bits).weight_bytes == model.qlazy_report.plan.weight_bytes
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -338,12 +431,21 @@ def write_gguf(path: Path, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"format": "nf4"}, {"modules_to_not_convert": ["*"]}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"format": "nf4"}, {"modules_to_not_convert": ["lm_head"]}, {"modules_to_not_convert": ["*"]}],
+    ids=["int4", "nf4", "head kept", "all kept"],
+)
 def test_gguf(checkpoint, tmp_path, options):
     path = write_gguf(tmp_path / "tiny.gguf", checkpoint("llama"))
     model = qlazy.load_quantized(path, device_map="cpu", dtype="bfloat16", **options)
     reference = theirs("llama", tmp_path, torch.float32, gguf_file=path.name)
-    assert len(quantized(model)) == (0 if "modules_to_not_convert" in options else 14)
+    kept = options.get("modules_to_not_convert")
+    assert len(quantized(model)) == {None: 15, "lm_head": 14, "*": 0}[kept and kept[0]]
+    # The file calls the head "output".
+    headers = qlazy.plan(path, device_map="cpu", dtype="bfloat16", **options)
+    (head,) = [t for t in headers.tensors if t.name == "output.weight"]
+    assert head.format == getattr(model.lm_head, "format", None)
     require_same_weights(model, reference)
     require_same_rest(model, theirs("llama", tmp_path, gguf_file=path.name))
     exact = stored(checkpoint("llama"))["model.layers.1.self_attn.q_proj.weight"]

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import qlazy
-from qlazy.errors import CorruptCheckpoint, UnsupportedModel, UsageError
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4, Int4, Int8
 from qlazy.hf import QlazyConfig, QlazyQuantizer, _device
 from qlazy.quant_linear import QuantLinear
-from qlazy.recipe import Recipe
+from qlazy.recipe import Recipe, make_recipe
 
 KEY = "model.layers.0.mlp.up_proj.weight"
 
@@ -80,6 +80,9 @@ FORMATS: list[dict[str, Any]] = [
     {"format": "nf4"},
     {"format": "fp4", "double_quant": False},
     {"bits": 4, "modules_to_not_convert": ["down_proj"]},
+    {"bits": 4, "modules_to_not_convert": ["lm_head"]},
+    {"format": "nf4", "head_bits": 4},
+    {"bits": 4, "head_bits": 16},
 ]
 
 
@@ -101,6 +104,26 @@ def test_same_bytes_and_logits_as_load_quantized(llama, options, device_map):
     assert not any(parameter.is_meta for parameter in theirs.parameters())
 
 
+def test_an_untied_head_has_8_bits_and_the_saved_config_says_so(llama, tmp_path):
+    model = load(llama, QlazyConfig(format="nf4"))
+    assert model.lm_head.format == Int8() and model.model.layers[0].mlp.up_proj.format == Codebook4()
+    model.config.save_pretrained(tmp_path)
+    saved = LlamaConfig.from_pretrained(tmp_path).quantization_config
+    assert saved["head_bits"] == 8 and QlazyConfig.from_dict(saved).recipe() == make_recipe(format="nf4")
+    kept = load(llama, QlazyConfig(modules_to_not_convert=["lm_head"]))
+    stored = load_file(llama / "model.safetensors")["lm_head.weight"]
+    assert type(kept.lm_head) is nn.Linear and torch.equal(kept.lm_head.weight, stored)
+
+
+def test_a_head_that_is_in_no_file_is_an_error(llama, tmp_path):
+    folder = damaged(llama, tmp_path / "headless", {})
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IncompleteCheckpoint, match=r"'lm_head.weight' is one"):
+        load(folder)
+
+
 def test_conv1d_and_ties(gpt2):
     theirs, ours = load(gpt2), qlazy.load_quantized(gpt2, device_map="cpu")
     assert set(layers(theirs)) == set(layers(ours)) and len(layers(ours)) == 4
@@ -112,7 +135,7 @@ def test_conv1d_and_ties(gpt2):
 def test_an_auto_class_reads_the_options_from_a_dict(llama):
     config = {"quant_method": "qlazy", "bits": 8}
     made = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16, quantization_config=config)
-    assert all(isinstance(layer.format, Int8) for layer in layers(made).values()) and len(layers(made)) == 14
+    assert all(isinstance(layer.format, Int8) for layer in layers(made).values()) and len(layers(made)) == 15
 
 
 def damaged(folder: Path, to: Path, values: dict[str, Tensor]) -> Path:
@@ -170,6 +193,8 @@ RECIPES = [
     Recipe(format=Int4(group_size=-1)),
     Recipe(format=Int8(group_size=32), modules_to_not_convert=("a", "b.*")),
     Recipe(format=Codebook4(kind="fp4", double_quant=False)),
+    Recipe(format=Codebook4(), head=None),
+    Recipe(format=Int8(group_size=64), head=Int4()),
 ]
 
 

@@ -195,6 +195,61 @@ def test_modules_to_not_convert_cost_what_they_are(checkpoint):
     assert len(down) == 2 and more == sum(t.source_nbytes - t.nbytes for t in down)
 
 
+def heads_of(config: dict[str, Any], **more: Any) -> Any:
+    shapes = {"lm_head.weight": (384, 128), "model.embed_tokens.weight": (384, 128)}
+    source = source_of(shapes, config, **more)
+    (head,) = [t for t in planned(source, budget_of({"cpu": GIB}), exact=False).tensors if t.name == "lm_head.weight"]
+    return head
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"tie_word_embeddings": False}, False),
+        ({"tie_word_embeddings": True}, True),
+        ({"model_type": "gemma", "tie_word_embeddings": False}, False),
+        ({"model_type": "llama", "tie_word_embeddings": True}, True),
+        ({"model_type": "llama"}, False),
+        ({"model_type": "gemma"}, True),
+        ({"model_type": "falcon"}, True),
+        ({"model_type": "mt5", "tie_word_embeddings": False}, True),
+        ({"model_type": "of tomorrow"}, True),
+        ({}, True),
+        ({"model_type": "llava", "text_config": {"tie_word_embeddings": True}}, True),
+        ({"model_type": "llava", "text_config": {"tie_word_embeddings": False}}, False),
+        ({"model_type": "llava", "text_config": {"model_type": "llama", "num_hidden_layers": 1}}, False),
+        ({"model_type": "mistral3", "text_config": {"tie_word_embeddings": False}}, True),
+        ({"model_type": "gemma3", "tie_word_embeddings": False, "text_config": {"vocab_size": 384}}, False),
+        ({"tie_word_embeddings": None, "model_type": "llama"}, False),
+    ],
+    ids=str,
+)
+def test_a_head_is_untied_where_the_config_says_so_or_the_family_has_it_so(config, tied):
+    head = heads_of(config)
+    assert (head.format is None, head.kind) == (tied, "tied" if tied else "head")
+    assert tied == ("tied to the embedding" in head.reason)
+
+
+def test_families_that_leave_the_head_untied_are_those_of_transformers():
+    from qlazy.plan_entries import _TIED, _UNTIED
+
+    configs = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    names = [name for name in configs if _UNTIED.fullmatch(name)]
+    assert {"llama", "mistral", "qwen2_moe", "qwen2_5_vl", "gpt_neox", "olmo", "olmo3"} <= set(names)
+    assert not [name for name in names if configs[name]().tie_word_embeddings is not False]
+    assert all(configs[name](tie_word_embeddings=False).tie_word_embeddings for name in _TIED if name in configs)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_head_in_8_bits_costs_what_it_is(checkpoint, recipe):
+    source, budget = open_source(checkpoint("llama")), make_budget("cpu")
+    small, kept = (
+        planned(source, budget, make_recipe(**RECIPES[recipe], modules_to_not_convert=listed)) for listed in ([], ["lm_head"])
+    )
+    assert kept.weight_bytes - small.weight_bytes == 384 * 128 * 2 - (384 * 128 + 384 * 2)
+    assert small.devices[0].activation_bytes == kept.devices[0].activation_bytes
+
+
 def test_planning_imports_no_torch(checkpoint, tmp_path):
     folder = checkpoint("llama")
     code = (
@@ -375,19 +430,19 @@ def test_a_full_first_device_is_passed_over():
     assert set(plan.device_map.values()) == {"cuda:1"} and plan.fits
 
 
-def test_the_host_may_take_what_is_left_in_its_own_layout():
-    """Int4 takes more bytes in the CPU's layout, and the host has other fixed costs than a GPU."""
+def test_the_host_may_take_what_is_left():
+    """The bytes are the same everywhere; the host has other fixed costs than a GPU."""
     source = llama()
     gpu = planned(source, budget_of({"cuda:0": 64 * GIB})).weight_bytes
     host = planned(source, budget_of({"cpu": 64 * GIB})).weight_bytes
-    assert host > gpu
+    assert host == gpu
     whole = split(source, 4)
     limit = whole.budget.free_bytes["cuda:0"]
     budget = Budget(devices=("cuda:0", "cpu"), free_bytes={"cuda:0": limit, "cpu": 8 * GIB}, reserve_bytes=0, max_model_len=256)
     plan = planned(source, budget)
     assert plan.fits and {d for n, d in plan.device_map.items() if n.startswith("model.layers.3.")} == {"cuda:0"}
     assert {d for n, d in plan.device_map.items() if n.startswith("model.layers.4.")} == {"cpu"}
-    assert gpu < plan.weight_bytes < host
+    assert plan.weight_bytes == host
 
 
 def test_sliding_layers_weigh_what_they_hold_where_they_are():
@@ -571,8 +626,12 @@ def test_json_is_plain_and_adds_up():
     assert data["weight_bytes"] == sum(d["weight_bytes"] for d in data["devices"]) == sum(t["nbytes"] for t in data["tensors"])
     assert data["total_bytes"] == sum(d["total_bytes"] for d in data["devices"])
     assert data["source_bytes"] == sum(t["source_nbytes"] for t in data["tensors"])
-    assert all((t["format"] is None) == bool(t["reason"]) for t in data["tensors"])
-    assert data["bits_per_weight"] == pytest.approx(4.625)
+    assert all((t["format"] == "int4-g32-asym") == (not t["reason"]) for t in data["tensors"])
+    (head,) = [t for t in data["tensors"] if t["name"] == "lm_head.weight"]
+    assert (head["format"], head["reason"], head["nbytes"]) == ("int8-channel", "output head", 2048 * 512 + 2048 * 2)
+    rest = 12 * (4 * 512 * 512 + 8 * 512 * 512)
+    bits = (4.625 * rest + 8 * head["nbytes"]) / (rest + 2048 * 512)
+    assert data["bits_per_weight"] == pytest.approx(bits, abs=1e-4)
     assert data["format"] == "int4-g32-asym" and data["max_model_len"] == 256
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import transformers
 
 from qlazy.errors import UsageError
 from qlazy.formats import Codebook4, Int4, Int8
-from qlazy.recipe import REASONS, Recipe, guess_kind, make_recipe, matches
+from qlazy.recipe import REASONS, Kind, Recipe, guess_kind, make_recipe, matches
 
 SQUARE = (64, 64)
 
@@ -23,6 +27,8 @@ KINDS = {
         "h.0.mlp.c_fc.weight",
         "bert.encoder.layer.0.attention.output.dense.weight",
         "bert.encoder.layer.0.output.dense.weight",
+        "lm_head.dense.weight",
+        "model.layers.61.lm_head.weight",
         "encoder.block.0.layer.0.SelfAttention.q.weight",
         "model.decoder.layers.0.fc1.weight",
         "transformer.blocks.0.ffn.up_proj.weight",
@@ -53,13 +59,22 @@ KINDS = {
     "head": [
         "lm_head.weight",
         "model.lm_head.weight",
+        "language_model.lm_head.weight",
+        "generator_lm_head.weight",
+        "lm_head.decoder.weight",
+        "decoder.lm_heads.3.weight",
         "embed_out.weight",
+        "cls.predictions.decoder.weight",
+        "transformer.output_layer.weight",
+        "output.weight",
+    ],
+    "task": [
         "score.weight",
         "classifier.weight",
         "qa_outputs.weight",
-        "cls.predictions.decoder.weight",
         "proj_out.weight",
-        "output.weight",
+        "model.output.weight",
+        "head.weight",
     ],
     "router": [
         "model.layers.0.mlp.gate.weight",
@@ -111,6 +126,18 @@ def test_layers_that_a_family_keeps_in_float32_are_known():
         assert guess_kind("decoder.block.0.layer.2.DenseReluDense.wi.weight", SQUARE, model_type) == "linear"
 
 
+def test_heads_that_the_models_own_code_reads_are_known():
+    """Every model in transformers whose forward pass touches `lm_head.weight`."""
+    reads = re.compile(r"^(?!.*init\.)[^\"'`#]*self\.lm_head\.weight", re.MULTILINE)
+    models = Path(transformers.__file__).parent / "models"
+    found = {file.parent.name for file in models.glob("*/modeling_*.py") if reads.search(file.read_text(encoding="utf-8"))}
+    assert {"mamba", "falcon_mamba"} <= found
+    for model_type in found:
+        assert guess_kind("lm_head.weight", SQUARE, model_type) == "read", model_type
+        assert guess_kind("backbone.layers.0.mixer.in_proj.weight", SQUARE, model_type) == "linear"
+    assert Recipe().format_for("read", "lm_head.weight", 64, 64) == (None, REASONS["read"])
+
+
 @pytest.mark.parametrize(
     ("pattern", "name", "hit"),
     [
@@ -140,9 +167,40 @@ def test_modules_to_not_convert_adds_to_the_defaults():
     down, up = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
     assert recipe.format_for("linear", down, 64, 64) == (None, REASONS["listed"])
     assert recipe.format_for("linear", up, 64, 64) == (Int4(), "")
-    for kind in ("embedding", "head", "router", "experts", "other", "listed"):
+    for kind in get_args(Kind):
+        if kind in ("linear", "head"):
+            continue
         fmt, reason = recipe.format_for(kind, up, 64, 64)
         assert fmt is None and reason == REASONS[kind]
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"bits": 8, "group_size": 64}, {"format": "nf4"}, {"format": "fp4"}])
+def test_an_output_head_has_8_bits_under_every_recipe(options):
+    recipe = make_recipe(**options)
+    assert recipe.format_for("head", "lm_head.weight", 100, 64) == (Int8(), REASONS["head"])
+    assert recipe.format_for("linear", "a.b.weight", 100, 64)[1] == ""
+
+
+@pytest.mark.parametrize(("bits", "fmt"), [(4, Int4()), (8, Int8()), (16, None)])
+def test_bits_of_the_head(bits, fmt):
+    recipe = make_recipe(format="nf4", head_bits=bits)
+    assert recipe == Recipe(format=Codebook4(), head=fmt)
+    assert recipe.format_for("head", "lm_head.weight", 100, 64) == (fmt, REASONS["head"])
+    assert recipe.format_for("linear", "a.b.weight", 100, 64) == (Codebook4(), "")
+
+
+def test_a_group_that_does_not_divide_the_columns_of_a_head_becomes_the_row():
+    assert make_recipe(head_bits=4).format_for("head", "lm_head.weight", 100, 40)[0] == Int4(group_size=-1)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "embed_out.weight", "output.weight", "decoder.lm_heads.0.weight"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_modules_to_not_convert_wins_over_the_head_whatever_it_is_called(name, bits):
+    recipe = make_recipe(head_bits=bits, modules_to_not_convert=["lm_head"])
+    assert recipe.format_for("head", name, 100, 64) == (None, REASONS["listed"])
+    assert recipe.format_for("linear", "model.layers.0.mlp.up_proj.weight", 64, 64)[0] == Int4()
+    by_its_name = make_recipe(head_bits=bits, modules_to_not_convert=[name.removesuffix(".weight")])
+    assert by_its_name.format_for("head", name, 100, 64) == (None, REASONS["listed"])
 
 
 @pytest.mark.parametrize(
@@ -178,6 +236,8 @@ def test_options_make_a_format(options, fmt):
         ({"bits": 8, "symmetric": True}, "symmetric belongs to int4"),
         ({"bits": 8, "format": "nf4"}, "bits is 8, but nf4 has 4"),
         ({"format": "nf4", "symmetric": False}, "symmetric belongs to int4"),
+        ({"head_bits": 2}, "head_bits is 2"),
+        ({"head_bits": 0}, "head_bits is 0"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_with_what_can(options, words):

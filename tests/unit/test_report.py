@@ -17,6 +17,7 @@ from qlazy.report import (
     measured_table,
     plan_summary,
     plan_table,
+    quantized,
     report_to_json,
     timings,
     unquantized,
@@ -88,7 +89,10 @@ def test_plan_table_has_a_column_a_device_that_adds_up():
         kept = sum(t.nbytes for t in plan.tensors if t.format is None and t.device == device.device)
         assert kept == device.unquantized_bytes
     assert "1.0 MiB" in table and "-" in table
-    assert "bfloat16 embedding" in table and "bfloat16 output head" in table and "bfloat16 norm" in table
+    assert "bfloat16 embedding" in table and "bfloat16 norm" in table
+    assert [c.strip() for c in cells(table, "int8-channel output head with scales") if c.strip()] == ["-", "514 KiB", "-"]
+    assert "output head" not in plan_table(make(modules_to_not_convert=["lm_head"]))
+    assert cells(plan_table(make(head_bits=16)), "bfloat16 output head")[-1].strip() == "1.0 MiB"
 
 
 def test_plan_table_leaves_out_rows_without_bytes():
@@ -104,10 +108,24 @@ def test_plan_table_shows_what_is_missing():
 
 def test_summary_says_what_is_kept_and_why():
     text = plan_summary(make(modules_to_not_convert=["model.layers.0"]))
-    assert "Quantized: 3 tensors" in text
-    assert "Kept in bfloat16: 1 tensor, 1.0 MiB (output head)." in text
+    assert "Quantized: 4 tensors" in text
+    assert "Of these in int8-channel: 1 tensor, 514 KiB (output head)." in text
     assert "Kept in bfloat16: 1 tensor, 1.0 MiB (listed in modules_to_not_convert" in text
     assert text.splitlines()[-1].startswith("Fits. Reads 6.0 MiB once")
+
+
+def test_summary_of_a_head_in_16_bits():
+    assert "Kept in bfloat16: 1 tensor, 1.0 MiB (output head)." in plan_summary(make(head_bits=16))
+    listed = plan_summary(make(modules_to_not_convert=["lm_head"]))
+    assert "output head" not in listed and "Kept in bfloat16: 1 tensor, 1.0 MiB (listed in modules_to_not_convert" in listed
+
+
+def test_quantized_and_unquantized_are_all_there_is_and_the_recipes_own_format_comes_first():
+    plan = make()
+    groups = quantized(plan)
+    assert list(groups) == [("int4-g32-asym", ""), ("int8-channel", "output head")]
+    assert [t.name for t in groups["int8-channel", "output head"]] == ["lm_head.weight"]
+    assert sum(len(held) for held in [*groups.values(), *unquantized(plan).values()]) == len(plan.tensors)
 
 
 def test_unquantized_is_all_that_has_no_format_largest_first():

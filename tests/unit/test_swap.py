@@ -7,7 +7,23 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+    PreTrainedModel,
+    T5Config,
+)
 from transformers import T5ForConditionalGeneration as T5
 from transformers.initialization import no_init_weights, no_tie_weights
 from transformers.pytorch_utils import Conv1D
@@ -56,7 +72,54 @@ def test_a_tie_is_counted_once_under_the_name_that_is_read(absent):
     found = entries(model, without=(absent,))
     kept = {"lm_head.weight", "model.embed_tokens.weight"} - {absent}
     assert kept <= set(found) and absent not in found
-    assert found[kept.pop()].kind in ("embedding", "head")
+    assert found[kept.pop()].kind == ("embedding" if absent == "lm_head.weight" else "tied")
+
+
+def test_a_tie_that_is_stored_twice_is_left_until_it_is_known_whether_both_are_the_same():
+    found = entries(placeholder(LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=True)))
+    assert (found["lm_head.weight"].kind, found["model.embed_tokens.weight"].kind) == ("tied", "embedding")
+
+
+def test_an_output_head_is_told_by_the_model_and_not_by_its_name():
+    model = placeholder(LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False))
+    model.add_module("to_words", model.lm_head)
+    del model.lm_head
+    assert entries(model)["to_words.weight"].kind == "linear"
+    model.get_output_embeddings = lambda: model.to_words
+    assert entries(model)["to_words.weight"].kind == "head"
+    assert entries(model, without=("to_words.weight",))["to_words.weight"].kind == "other"
+
+
+def test_several_output_heads_are_each_one():
+    sizes = {"vocab_size": 32, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = entries(placeholder(MusicgenForCausalLM, MusicgenDecoderConfig(**sizes, num_codebooks=3)))
+    assert [name for name, entry in found.items() if entry.kind == "head"] == [f"lm_heads.{i}.weight" for i in range(3)]
+
+
+def test_heads_of_other_kinds():
+    """Of a task: small, left alone. Of an encoder: as any output head, where it is not tied. One that the code reads: left."""
+    shape = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    score = entries(placeholder(LlamaForSequenceClassification, LlamaConfig(**SMALL, pad_token_id=0)))["score.weight"]
+    assert score.kind == "task"
+    for tied, kind in ((True, "tied"), (False, "head")):
+        found = entries(placeholder(BertForMaskedLM, BertConfig(**shape, tie_word_embeddings=tied)))
+        assert found["cls.predictions.decoder.weight"].kind == kind
+    neox = placeholder(GPTNeoXForCausalLM, GPTNeoXConfig(**shape, tie_word_embeddings=False))
+    (head,) = [name for name, entry in entries(neox).items() if entry.kind == "head"]
+    assert neox.get_submodule(head.removesuffix(".weight")) is neox.get_output_embeddings()
+    mamba = placeholder(
+        MambaForCausalLM, MambaConfig(vocab_size=32, hidden_size=64, num_hidden_layers=1, tie_word_embeddings=False)
+    )
+    assert entries(mamba)["lm_head.weight"].kind == "read"
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_left_alone():
+    class Special(nn.Linear):
+        pass
+
+    model = placeholder(LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False))
+    model.lm_head = Special(64, 32, bias=False, device="meta")
+    assert entries(model)["lm_head.weight"].kind == "other"
 
 
 def test_a_weight_that_is_in_no_file_is_left_for_transformers():
@@ -75,7 +138,7 @@ def test_conv1d_is_counted_by_rows_and_columns():
 def test_what_the_model_keeps_in_float32_is_left_alone():
     found = entries(placeholder(T5, T5Config(vocab_size=32, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=2)))
     kept = {name for name, entry in found.items() if ".wo." in name}
-    assert len(kept) == 2 and all(found[name].kind != "linear" for name in kept)
+    assert len(kept) == 2 and all(found[name].kind == "listed" for name in kept)
     assert found["encoder.block.0.layer.1.DenseReluDense.wi.weight"].kind == "linear"
 
 
@@ -94,7 +157,7 @@ def test_a_subclass_of_linear_is_left_alone():
 @pytest.mark.parametrize("bias", [True, False])
 def test_quant_layer_of_a_linear(bias, training):
     linear = nn.Linear(64, 128, bias=bias, device="meta").train(training)
-    layer = quant_layer(linear, Int4(), torch.bfloat16, "cpu")
+    layer = quant_layer(linear, Int4(), torch.bfloat16)
     assert type(layer) is Int4Linear and (layer.in_features, layer.out_features) == (64, 128)
     assert layer.bias is linear.bias and layer.training is training and not layer.transposed
     assert all(buffer.is_meta for buffer in layer.buffers())
@@ -103,12 +166,12 @@ def test_quant_layer_of_a_linear(bias, training):
 def test_quant_layer_of_a_conv1d():
     with torch.device("meta"):
         conv = Conv1D(128, 64)
-    layer = quant_layer(conv, Int8(), torch.bfloat16, "cpu")
+    layer = quant_layer(conv, Int8(), torch.bfloat16)
     assert type(layer) is Int8Linear and (layer.in_features, layer.out_features) == (64, 128)
     assert layer.transposed and layer.bias is conv.bias
 
 
 def test_no_format_takes_storage_before_it_is_told():
     for fmt in (Int4(), Int8(), Codebook4()):
-        layer = quant_layer(nn.Linear(64, 128, device="meta"), fmt, torch.bfloat16, "cuda:0")
+        layer = quant_layer(nn.Linear(64, 128, device="meta"), fmt, torch.bfloat16)
         assert isinstance(layer, QuantLinear) and all(tensor.is_meta for tensor in layer.state_dict().values())
