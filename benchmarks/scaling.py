@@ -19,7 +19,8 @@ from typing import Any
 
 from checkpoint import write_checkpoint
 from contenders import Inputs
-from run import RESULTS, THREADS, machine, run_once, versions
+from machine import THREADS, machine, versions
+from run import RESULTS, run_once
 
 SHAPES = ("0.3b", "1.1b", "3b", "13b")
 CONTENDER = "qlazy-int4"

@@ -1,13 +1,13 @@
 """A run that was cut off goes on with what is missing; everybody is measured on the same things."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 
 import checkpoint
+import child
 import contenders
 import gguf_files
+import machine
 import pytest
 import run
 import scaling
@@ -37,7 +37,7 @@ def test_quick_names_exist():
 
 def test_other_work_is_only_what_others_did():
     record = {}
-    with run._other_work(record):
+    with machine.other_work(record):
         sum(range(1_000_000))
     assert 0 <= record["others_share"] <= 1.01
     assert 0 <= record["stolen_share"] <= 1.01
@@ -81,15 +81,19 @@ def test_bytes_of_packed_weights_are_those_under_them():
     assert contenders.storage_bytes([layer]) == codes + absmax + codebook
 
 
+def test_the_reason_of_a_failure_is_what_was_raised():
+    text = "Traceback (most recent call last):\n  File 'x', line 1\nqlazy.errors.DoesNotFit: needs 3 GiB.\nType this: that\n"
+    assert child.reason(text) == "qlazy.errors.DoesNotFit: needs 3 GiB."
+    assert child.reason("a warning\nlast words\n") == "last words"
+
+
 @pytest.mark.slow
 def test_one_run_from_end_to_end(tiny, tmp_path):
     inputs = Inputs(folder=str(tiny), prompts={"short": [5, 6, 7], "8": list(range(8))}, new_tokens=6, threads=1)
     given = tmp_path / "inputs.json"
     given.write_text(json.dumps(asdict(inputs)))
-    command = [sys.executable, str(run.HERE / "measure.py"), "qlazy-int4", str(given)]
-    done = subprocess.run(command, capture_output=True, text=True, env=run._environment(), check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = child.call("measure.py", "qlazy-int4", str(given), timeout_s=110)
+    assert "error" not in found, found
     assert len(found["answer"]) == 6
     assert found["load_s"] > 0 and found["prefill_8"] > 0 and found["decode"] > 0
     assert found["token_bytes"] == found["weight_bytes"] - 32000 * 256 * 2
