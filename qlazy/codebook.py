@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qlazy import native_quantize
 from qlazy.formats import BNB_BLOCK, BNB_NESTED_BLOCK, Codebook4
 
 _NF4 = (
@@ -43,14 +44,13 @@ _NESTED_GRID = 1 << 16
 """Points between -1 and 1 to which bitsandbytes' CPU kernel rounds a scaled absmax before it looks for the nearest value."""
 
 
-def quantize_blocks(weight: Tensor, kind: str, *, packed_out: Tensor, absmax_out: Tensor) -> None:
+def quantize_blocks(weight: Tensor, kind: str, *, packed_out: Tensor, absmax_out: Tensor) -> bool:
     """Quantizes consecutive elements of a weight straight into its storage.
 
     The run begins on a multiple of 64 in the flat weight, so `packed_out = packed[start // 2 :]` and
     `absmax_out = absmax[start // 64 :]`, cut to length. Only the last run of a weight may end inside a block.
 
-    A NaN or an infinity makes the absmax of its block NaN or infinite and nothing is raised: the caller looks at `absmax_out`
-    once per tensor. The codes of such a block mean nothing.
+    A NaN or an infinity makes the absmax of its block NaN or infinite. The codes of such a block mean nothing.
 
     Args:
         weight: The elements in row-major order, any shape, bfloat16, float16 or float32.
@@ -58,11 +58,18 @@ def quantize_blocks(weight: Tensor, kind: str, *, packed_out: Tensor, absmax_out
         packed_out: uint8 [ceil(n/2)], contiguous. An odd last element shares its byte with the code of 0.
         absmax_out: float32 [ceil(n/64)].
 
-    Memory: 1 MiB of work buffers, and a copy of `weight` where it is not contiguous.
+    Returns:
+        Whether all elements are finite.
+
+    Memory: none where the compiled loop runs; else 1 MiB of work buffers, and a copy of `weight` where it is not contiguous.
     """
     flat = weight.reshape(-1)
     count = flat.numel()
     assert packed_out.shape == (-(-count // 2),) and absmax_out.shape == (-(-count // BNB_BLOCK),)
+    boundaries, least = _compiled_boundaries(kind)
+    finite = native_quantize.codebook4(flat, boundaries=boundaries, least=least, packed_out=packed_out, absmax_out=absmax_out)
+    if finite is not None:
+        return finite
     room = min(_CHUNK, count + count % 2)
     scaled, work, total = torch.empty((3, room), device=flat.device).unbind()
     codes = torch.empty(room, dtype=torch.uint8, device=flat.device)
@@ -76,6 +83,7 @@ def quantize_blocks(weight: Tensor, kind: str, *, packed_out: Tensor, absmax_out
         codes[:even].copy_(_count_codes(scaled[:even], work[:even], total[:even], kind))
         pairs = codes[:even].view(torch.int16)  # little-endian: the even element is the low byte
         packed_out[start // 2 :][: even // 2].copy_((pairs << 4).bitwise_or_(pairs >> 8))
+    return bool(absmax_out.isfinite().all())
 
 
 def dequantize_blocks(
@@ -256,6 +264,13 @@ def _boundaries(kind: str, device: torch.device) -> tuple[tuple[Tensor, ...], li
     values, order = CODES[kind].sort(stable=True)
     bounds = ((values[:-1] + values[1:]) / 2).to(device).unbind()  # 0-d tensors: a Python float costs a wrap per call
     return bounds, order.diff().tolist(), float(order[0])
+
+
+@functools.cache
+def _compiled_boundaries(kind: str) -> tuple[Tensor, int]:
+    """What `_boundaries` has, as the compiled loop takes it: boundaries and changes in one, and the code of the least value."""
+    bounds, steps, least = _boundaries(kind, torch.device("cpu"))
+    return torch.tensor([*(float(bound) for bound in bounds), *steps]), int(least)
 
 
 def _has_native_kernel(device: torch.device, count: int) -> bool:

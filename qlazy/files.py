@@ -1,4 +1,9 @@
-"""Read stored tensors from their files, and leave the page cache as it was found."""
+"""Read stored tensors from their files, and leave the page cache as it was found.
+
+What the page cache holds is copied from there. What it does not hold comes from the disk past the cache (O_DIRECT) where the
+file system takes that, so that nothing has to be dropped; elsewhere through the cache, and the pages are given back right
+after.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +13,47 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qlazy.errors import IncompleteCheckpoint
 from qlazy.source import TensorInfo
 from qlazy.trace import Trace
+
+PAGE = mmap.PAGESIZE
+
+MARGIN = 2 * PAGE
+"""Bytes that a buffer needs beyond what is read into it: reads past the cache take whole pages."""
+
+_PIECE = 8 << 20
+"""Bytes read at once: more than a chunk only where a tensor is read as a whole."""
+
+_LOOK = 1 << 30
+"""Bytes of a file whose pages are looked at in one go."""
+
+
+def make_ring(slots: int, slot_bytes: int) -> list[Tensor]:
+    """Buffers to read into, on page boundaries and on huge pages where there are some.
+
+    Args:
+        slots: How many.
+        slot_bytes: Bytes that each must take, without the margin.
+    Returns:
+        uint8 tensors. The memory goes back to the kernel with the last of them.
+
+    Memory: `slots` times `slot_bytes`, up to whole pages, with the margin.
+    """
+    room = -(-slot_bytes // PAGE) * PAGE + MARGIN
+    ring = mmap.mmap(-1, slots * room)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            ring.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(ring, dtype=torch.uint8)
+    return [whole[slot * room : (slot + 1) * room] for slot in range(slots)]
 
 
 class Files:
@@ -30,85 +67,169 @@ class Files:
     def __init__(self, drop_page_cache: bool, trace: Trace | None = None) -> None:
         self._trace = trace
         self._drop = drop_page_cache and hasattr(os, "posix_fadvise")
-        self._descriptors: dict[Path, int] = {}
+        self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
 
-    def read(self, info: TensorInfo, offset: int, into: Tensor) -> Tensor:
-        """Fill a buffer with bytes of a tensor. Safe to call from several threads.
+    def read(self, tensors: Sequence[TensorInfo], begin: int, nbytes: int, slot: Tensor) -> Tensor:
+        """Read neighbouring bytes of a file. Safe to call from several threads.
 
         Args:
-            info: The tensor.
-            offset: Where in it to begin, in bytes.
-            into: uint8 (bytes,), all of which is filled.
+            tensors: What they are, all of one file, in its order.
+            begin: Of the bytes in the file.
+            nbytes: How many.
+            slot: uint8, a buffer on a page boundary with the margin.
         Returns:
-            `into`.
+            uint8 (nbytes,), a view of `slot`.
         Raises:
             IncompleteCheckpoint: the file ends before, as when it is cut short while it is read, or cannot be read.
-
-        Memory: a byte for each page that is read.
         """
         began = time.perf_counter()
-        descriptor = self._open(info)
-        begin, view = info.offset + offset, memoryview(into.numpy().data)
-        absent = list(_absent(descriptor, begin, len(view))) if self._drop else []
+        file = self._open(tensors[0])
+        head = begin % PAGE
+        view = memoryview(slot.numpy().data)
         done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(descriptor, [view[done:]], begin + done)
-            except OSError as error:
-                raise IncompleteCheckpoint(
-                    f"{info.path.name}: reading tensor {info.name!r} at byte {begin + done:,} failed: {error.strerror}.",
-                    hint="Check the disk, then download the model again.",
-                ) from error
-            if got == 0:
-                raise IncompleteCheckpoint(
-                    f"{info.path.name}: tensor {info.name!r} ends at byte {begin + len(view):,}, but the file has "
-                    f"{begin + done:,}.",
-                    hint="The file changed while it was read, or the download is cut short; download it again.",
-                )
-            done += got
-        for start, length in absent:
-            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+        try:
+            while done < nbytes:
+                size = min(nbytes - done, _PIECE - (head + done) % PAGE)
+                absent = file.absent(begin + done, size)
+                got = 0
+                if absent == [_pages(begin + done, size)]:
+                    got = file.read_past_cache(view[(head + done) // PAGE * PAGE :], begin + done, size)
+                got = got or file.read_cached(view[head + done :], begin + done, size, absent)
+                if not got:
+                    raise self._cut_short(tensors, begin + done)
+                done += got
+        except OSError as error:
+            raise IncompleteCheckpoint(
+                f"{file.path.name}: reading tensor {_at(tensors, begin + done).name!r} at byte {begin + done:,} failed: "
+                f"{error.strerror}.",
+                hint="Check the disk, then download the model again.",
+            ) from error
         if self._trace is not None:
-            self._trace.add("read", began, file=info.path.name, offset=begin, bytes=len(view))
-        return into
+            self._trace.add("read", began, file=file.path.name, offset=begin, bytes=nbytes)
+        return slot[head : head + nbytes]
 
     def close(self) -> None:
         """Close all files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
-    def _open(self, info: TensorInfo) -> int:
-        with self._lock:
-            if info.path not in self._descriptors:
-                try:
-                    self._descriptors[info.path] = os.open(info.path, os.O_RDONLY)
-                except OSError as error:
-                    raise IncompleteCheckpoint(f"{info.path}: cannot be opened: {error.strerror}.") from error
-                if self._drop:
-                    # Without it the kernel reads ahead, and pages of this load would look as if they had been there before.
-                    os.posix_fadvise(self._descriptors[info.path], 0, 0, os.POSIX_FADV_RANDOM)
-            return self._descriptors[info.path]
+    def _open(self, info: TensorInfo) -> _File:
+        found = self._files.get(info.path)
+        if found is None:
+            with self._lock:
+                found = self._files.get(info.path)
+                if found is None:
+                    found = self._files[info.path] = _File(info.path, self._drop)
+        return found
+
+    def _cut_short(self, tensors: Sequence[TensorInfo], size: int) -> IncompleteCheckpoint:
+        info = _at(tensors, size)
+        return IncompleteCheckpoint(
+            f"{info.path.name}: tensor {info.name!r} ends at byte {info.offset + info.nbytes:,}, but the file has {size:,}.",
+            hint="The file changed while it was read, or the download is cut short; download it again.",
+        )
 
 
-def _absent(descriptor: int, begin: int, length: int) -> Iterator[tuple[int, int]]:
-    """Runs of pages, as (start, length), that the page cache does not hold, among those that these bytes lie on.
+class _File:
+    """One open file.
 
-    By `mincore`, which looks and touches nothing; a read that only takes what is cached would start to fetch the rest.
-    Where the kernel does not tell, everything counts as held, so that nothing of others is dropped.
+    Memory: a bit for each of its pages.
     """
-    first = begin - begin % mmap.PAGESIZE
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        with mmap.mmap(descriptor, begin + length - first, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED, offset=first) as mapped:
-            pages = np.frombuffer(mapped, dtype=np.uint8)
-            held = np.zeros(-(-len(pages) // mmap.PAGESIZE), dtype=np.uint8)
-            failed = ctypes.CDLL(None).mincore(
-                ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(len(pages)), ctypes.c_void_p(held.ctypes.data)
-            )
-            del pages  # the map cannot be closed while something looks at it
-        if failed:
+
+    def __init__(self, path: Path, drop: bool) -> None:
+        self.path = path
+        self._direct: int | None = None
+        self._refused = False
+        try:
+            self._cached = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise IncompleteCheckpoint(f"{path}: cannot be opened: {error.strerror}.") from error
+        # A bit for each page of the file, True where the cache holds it now; empty = take all for held.
+        self._held = np.empty(0, dtype=np.uint8)
+        if not drop:
             return
-        edges = np.flatnonzero(np.diff(held & 1, prepend=1, append=1))
-        for start, stop in edges.reshape(-1, 2).tolist():
-            yield first + start * mmap.PAGESIZE, (stop - start) * mmap.PAGESIZE
+        # Without it the kernel reads ahead, and pages of others would come in.
+        os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_RANDOM)
+        self._held = _held_pages(self._cached)
+        if hasattr(os, "O_DIRECT"):
+            with contextlib.suppress(OSError):
+                self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def absent(self, begin: int, nbytes: int) -> list[tuple[int, int]]:
+        """Runs of pages, as (start, bytes), that the cache did not hold at the start, among those that these bytes lie on."""
+        if not len(self._held):
+            return []
+        start, size = _pages(begin, nbytes)
+        first, last = start // PAGE, (start + size) // PAGE
+        held = np.unpackbits(self._held[first // 8 : -(-last // 8)])[first % 8 :][: last - first]
+        if held.all():
+            return []
+        edges = np.flatnonzero(np.diff(held, prepend=1, append=1)).reshape(-1, 2).tolist()
+        return [(start + a * PAGE, (b - a) * PAGE) for a, b in edges]
+
+    def read_past_cache(self, into: memoryview, begin: int, nbytes: int) -> int:
+        """Read the whole pages that the bytes lie on to the start of a page-aligned buffer.
+
+        Returns how many of the bytes came, 0 where the file system takes no such reads.
+        """
+        if self._direct is None or self._refused:
+            return 0
+        start, size = _pages(begin, nbytes)
+        try:
+            got = os.preadv(self._direct, [into[:size]], start)
+        except OSError:
+            # tmpfs, FUSE and network file systems refuse, some of them only now.
+            self._refused = True
+            return 0
+        return min(nbytes, max(0, got - (begin - start)))
+
+    def read_cached(self, into: memoryview, begin: int, nbytes: int, absent: list[tuple[int, int]]) -> int:
+        """Read through the page cache, and give back what was `absent` from it. Returns how many bytes came."""
+        got = os.preadv(self._cached, [into[:nbytes]], begin)
+        for start, length in absent:
+            os.posix_fadvise(self._cached, start, length, os.POSIX_FADV_DONTNEED)
+        return got
+
+    def close(self) -> None:
+        for descriptor in (self._cached, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _pages(begin: int, nbytes: int) -> tuple[int, int]:
+    """The pages that these bytes lie on, as (start, bytes)."""
+    start = begin // PAGE * PAGE
+    return start, -(-(begin + nbytes - start) // PAGE) * PAGE
+
+
+def _at(tensors: Sequence[TensorInfo], position: int) -> TensorInfo:
+    """The tensor that holds a byte of the file, or the next one."""
+    return next((info for info in tensors if info.offset + info.nbytes > position), tensors[-1])
+
+
+def _held_pages(descriptor: int) -> np.ndarray:
+    """A bit for each page of a file, 1 where the page cache holds it.
+
+    By `mincore`, which looks and touches nothing; a read that only takes what is cached would start to fetch the rest. Empty
+    where the kernel does not tell: then everything counts as held, so that nothing of others is dropped.
+    """
+    size = os.fstat(descriptor).st_size
+    found = []
+    try:
+        for start in range(0, size, _LOOK):
+            length = min(_LOOK, size - start)
+            held = np.zeros(-(-length // PAGE), dtype=np.uint8)
+            with mmap.mmap(descriptor, length, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED, offset=start) as mapped:
+                pages = np.frombuffer(mapped, dtype=np.uint8)
+                failed = ctypes.CDLL(None).mincore(
+                    ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(length), ctypes.c_void_p(held.ctypes.data)
+                )
+                del pages  # the map cannot be closed while something looks at it
+            if failed:
+                return np.empty(0, dtype=np.uint8)
+            found.append(np.packbits(held & 1))
+    except (OSError, ValueError, AttributeError):
+        return np.empty(0, dtype=np.uint8)
+    return np.concatenate(found) if found else np.empty(0, dtype=np.uint8)

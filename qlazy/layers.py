@@ -11,9 +11,8 @@ from torch import Tensor
 from qlazy import codebook, ops
 from qlazy.formats import BNB_BLOCK, BNB_NESTED_BLOCK, Codebook4, Format, Int4, Int8
 from qlazy.native_product import Weight
-from qlazy.packing import pack_int4, pack_zero_points
-from qlazy.quant_linear import QuantLinear, require_finite
-from qlazy.quantize import quantize_int4, quantize_int8
+from qlazy.quant_linear import NonFiniteError, QuantLinear
+from qlazy.quantize import store_int4, store_int8
 
 
 class Int4Linear(QuantLinear):
@@ -26,14 +25,15 @@ class Int4Linear(QuantLinear):
 
     def fill_rows(self, start: int, weight: Tensor) -> bool:  # noqa: D102
         stop = start + weight.shape[0]
-        codes, scale, zero = quantize_int4(
-            weight, group_size=self.format.group_size, symmetric=self.format.symmetric, scale_dtype=self.dtype
+        finite = store_int4(
+            weight,
+            group_size=self.format.group_size,
+            packed_out=self.weight_packed[start:stop],
+            scale_out=self.weight_scale[start:stop],
+            zero_out=None if self.format.symmetric else self.weight_zero_point[start // 8 : -(-stop // 8)],
         )
-        require_finite(scale)
-        self.weight_packed[start:stop] = pack_int4(codes)
-        self.weight_scale[start:stop] = scale
-        if zero is not None:
-            self.weight_zero_point[start // 8 : -(-stop // 8)] = pack_zero_points(zero)
+        if not finite:
+            raise NonFiniteError
         return self._filled(weight.shape[0])
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
@@ -45,7 +45,8 @@ class Int4Linear(QuantLinear):
         return y
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.weight_packed, self.weight_scale, None if self.format.symmetric else self.weight_zero_point
+        held: Any = self._buffers  # see `forward`
+        return held["weight_packed"], held["weight_scale"], held.get("weight_zero_point")
 
     def _packed(self) -> Weight:
         return ops.int4_weight(*self._stored(), self.in_features)
@@ -60,14 +61,19 @@ class Int8Linear(QuantLinear):
 
     def fill_rows(self, start: int, weight: Tensor) -> bool:  # noqa: D102
         stop = start + weight.shape[0]
-        codes, scale = quantize_int8(weight, group_size=self.format.group_size, scale_dtype=self.dtype)
-        require_finite(scale)
-        self.weight_packed[start:stop] = codes
-        self.weight_scale[start:stop] = scale
+        finite = store_int8(
+            weight,
+            group_size=self.format.group_size,
+            packed_out=self.weight_packed[start:stop],
+            scale_out=self.weight_scale[start:stop],
+        )
+        if not finite:
+            raise NonFiniteError
         return self._filled(weight.shape[0])
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        y: Tensor = torch.ops.qlazy.linear_int8(x, self.weight_packed, self.weight_scale, bias)
+        held = self._buffers  # see `forward`
+        y: Tensor = torch.ops.qlazy.linear_int8(x, held["weight_packed"], held["weight_scale"], bias)
         return y
 
     def product_backward(self, grad: Tensor) -> Tensor:  # noqa: D102
@@ -99,8 +105,8 @@ class Codebook4Linear(QuantLinear):
         begin, count = start * self.in_features, weight.numel()
         part = self._absmax[begin // BNB_BLOCK : -(-(begin + count) // BNB_BLOCK)]
         packed = self.weight_packed[begin // 2 : -(-(begin + count) // 2)]
-        codebook.quantize_blocks(weight, self.format.kind, packed_out=packed, absmax_out=part)
-        require_finite(part)
+        if not codebook.quantize_blocks(weight, self.format.kind, packed_out=packed, absmax_out=part):
+            raise NonFiniteError
         if not self._filled(weight.shape[0]):
             return False
         if self.format.double_quant:
@@ -126,9 +132,10 @@ class Codebook4Linear(QuantLinear):
         return y
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        held: Any = self._buffers  # see `forward`
         if self.format.double_quant:
-            return self.weight_packed, self.absmax_packed, self.nested_absmax, self.nested_offset
-        return self.weight_packed, self.absmax, None, None
+            return held["weight_packed"], held["absmax_packed"], held["nested_absmax"], held["nested_offset"]
+        return held["weight_packed"], held["absmax"], None, None
 
     def _packed(self) -> Weight:
         return ops.codebook4_weight(*self._stored(), (self.out_features, self.in_features), self.format.kind)

@@ -25,11 +25,11 @@ from qlazy.match import match_tensors
 from qlazy.memory import Meter, anonymous_bytes
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder
-from qlazy.plan import Plan, make_plan
+from qlazy.plan import CHUNK_BYTES, Plan, make_plan
 from qlazy.recipe import Recipe
 from qlazy.report import LoadReport, Progress
 from qlazy.source import Source
-from qlazy.stream import Stream, worker_count
+from qlazy.stream import CACHED_BYTES, Stream, worker_count
 from qlazy.swap import swap_layers
 from qlazy.trace import Trace
 
@@ -84,7 +84,9 @@ def load(
         clock.lap("build")
         placer = Placer(model, plan)
         place = placer.place if trace is None else trace.placing(placer.place, plan)
-        with Stream(match.fills, place, worker_count(match.fills), drop_page_cache, trace) as stream:
+        on_host = {tensor.device for tensor in plan.tensors} <= {"cpu"}
+        chunk_bytes = CACHED_BYTES if on_host else CHUNK_BYTES
+        with Stream(match.fills, place, worker_count(match.fills), drop_page_cache, trace, chunk_bytes) as stream:
             meter.watch(lambda: stream.bytes_done)
             total = sum(fill.nbytes for fill in match.fills)
             for done in stream:

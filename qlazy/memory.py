@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import threading
 import time
@@ -14,6 +15,9 @@ from pathlib import Path
 import psutil
 
 from qlazy.errors import DeviceUnavailable
+
+HUGE_PAGE_BYTES = 2 << 20
+"""Below it huge pages are not asked for."""
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 """Where control groups are mounted."""
@@ -105,6 +109,24 @@ def trim_heap() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def use_huge_pages(address: int, nbytes: int) -> None:
+    """Ask for pages of 2 MiB, which are filled in a fraction of the time of 512 pages of 4 KiB; the kernel may decline.
+
+    A huge page is only used where all of it lies in memory that was asked for, so no more is taken than without.
+
+    Args:
+        address: Of memory that is not filled yet.
+        nbytes: How much.
+    """
+    if nbytes < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    start = address - address % mmap.PAGESIZE
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(address + nbytes - start), ctypes.c_int(mmap.MADV_HUGEPAGE)
+        )
 
 
 @dataclass(kw_only=True)

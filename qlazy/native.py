@@ -38,11 +38,14 @@ THREAD_FLAGS = ("-fopenmp",), ()
 
 _A, _I = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
-    "qlazy_quantize_int4": (_A, _I, _I, _A, _A, _A, _A),
-    "qlazy_linear": (_A,),
-    "qlazy_dequantize": (_A,),
+    "qlazy_quantize_int4": (_A,),
+    "qlazy_quantize_int8": (_A,),
+    "qlazy_quantize_codebook4": (_A,),
+    "qlazy_is_finite": (_A, _I, _I),
+    "qlazy_linear": (ctypes.c_char_p,),
+    "qlazy_dequantize": (ctypes.c_char_p,),
 }
-"""Each compiled loop and its arguments, addresses and 64-bit integers; those that can fail return 0 where they did not."""
+"""Each compiled loop and its arguments, addresses and 64-bit integers; what each returns its source says."""
 
 _compiling = threading.Lock()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qlazy.errors import CorruptCheckpoint
 from qlazy.fill import row_count
 from qlazy.plan import Plan
-from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
+from qlazy.quant_linear import NonFiniteError, QuantLinear, allocate, require_finite
 from qlazy.stream import Chunk
 
 
@@ -35,7 +35,7 @@ class Placer:
                 owner.allocate(tensor.device)
                 continue
             held: Tensor = getattr(owner, leaf)
-            storage = torch.empty_like(held, device=tensor.device) if held.is_meta else held.to(tensor.device)
+            storage = allocate(held.shape, held.dtype, tensor.device) if held.is_meta else held.to(tensor.device)
             setattr(owner, leaf, storage if leaf in owner._buffers else nn.Parameter(storage, requires_grad=False))
 
     def place(self, chunk: Chunk, tensors: list[Tensor]) -> None:

@@ -1,37 +1,24 @@
-"""Weights to integer codes, scales and zero points: the definition that every path reproduces.
+"""Weights to integer codes, scales and zero points, and straight into the storage that holds them.
 
-The same bytes whichever path. What a group becomes depends on that group alone, never on the chunk, the thread count, the
-vector width or the device, because only operations with one IEEE-754 answer are used: float32 add, subtract, multiply, divide
-and round-half-to-even, each rounded by itself (no fused multiply-add), minimum and maximum (order does not matter), and for the
-sum of squared errors an explicit pairwise tree (`_tree_sum`) in place of a library reduction. A C or Triton version has to keep
-that: division rounded to nearest, contraction off, the same tree, the same order of candidates, a later one taken only if
-strictly less.
-
-Inside, a block of rows lies as *planes*, float32 (group, rows * G): element k of every group is one contiguous row. A reduction
-over the group is then a few additions of long rows, and a scale broadcasts along the contiguous axis. On a CPU a block has
-about 131,072 elements: float32 buffers of that size stay in a second-level cache.
+`store_int4` and `store_int8` are what fills layers, by the compiled loops where there are any. Every path gives the same bytes:
+what a group becomes depends on that group alone, never on the chunk, the thread count, the vector width or the device, because
+only operations with one IEEE-754 answer are used (see `qlazy/search.py`).
 
 Nothing checks for NaN or infinity on the way (it would cost a pass): a group that holds one comes out with a scale that is NaN
-or infinite and with codes that mean nothing, so `scale.isfinite().all()` tells whether the weight was sound.
+or infinite and with codes that mean nothing, so the scales tell whether the weight was sound.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from qlazy import native_quantize
 from qlazy.errors import UsageError
-
-CPU_BLOCK_ELEMENTS = 1 << 17
-"""Weights quantized at a time on a CPU: float32 buffers of this length (512 KiB each) stay in the second-level cache."""
-
-GPU_BLOCK_ELEMENTS = 1 << 23
-"""Weights quantized at a time elsewhere: enough to hide the launches, 96 MiB of buffers."""
-
-_ASYMMETRIC_FACTORS = (1.0, 0.92, 0.96, 1.06)
-_SYMMETRIC_FACTORS = (1.0, 0.8, 0.88, 0.96)
-"""Candidates, tried in this order, as factors on the scale that spans the group; the first of each is plain rounding."""
+from qlazy.packing import pack_int4, pack_zero_points, unpack_int4, unpack_zero_points
+from qlazy.search import ASYMMETRIC_FACTORS, SYMMETRIC_FACTORS, block_rows, round_scale, search_int4
 
 
 def quantize_int4(
@@ -61,30 +48,13 @@ def quantize_int4(
     """
     rows, columns = weight_NK.shape
     group = _group_columns(group_size, columns)
-    factors = _SYMMETRIC_FACTORS if symmetric else _ASYMMETRIC_FACTORS
-    compiled = native_quantize.quantize_int4(
-        weight_NK, group_size=group, symmetric=symmetric, scale_dtype=scale_dtype, factors=factors
-    )
-    if compiled is not None:
-        return compiled
-    groups, device = columns // group, weight_NK.device
-    codes_NK = torch.empty((rows, columns), dtype=torch.uint8, device=device)
-    scale_NG = torch.empty((rows, groups), dtype=scale_dtype, device=device)
-    zero_NG = None if symmetric else torch.empty((rows, groups), dtype=torch.uint8, device=device)
-    step = _block_rows(rows, columns, device)
-    buffers = torch.empty((3, step * columns), dtype=torch.float32, device=device)
-    for start in range(0, rows, step):
-        block = slice(start, min(start + step, rows))
-        count = (block.stop - block.start) * groups
-        weight, rounded, error = buffers[:, : group * count].view(3, group, count)
-        weight.copy_(weight_NK[block].reshape(count, group).t())
-        scale, zero = _search(weight, rounded, error, symmetric=symmetric, scale_dtype=scale_dtype)
-        torch.mul(weight, scale.reciprocal(), out=rounded).round_().add_(zero).clamp_(0, 15)
-        codes_NK[block].view(count, group).copy_(rounded.to(torch.uint8).t())
-        scale_NG[block].view(count).copy_(scale)
-        if zero_NG is not None:
-            zero_NG[block].view(count).copy_(zero)
-    return codes_NK, scale_NG, zero_NG
+    if group in native_quantize.GROUPS:
+        packed = torch.empty((rows, columns // 8), dtype=torch.int32)
+        scale_NG = torch.empty((rows, columns // group), dtype=scale_dtype)
+        zeros = None if symmetric else torch.empty((-(-rows // 8), columns // group), dtype=torch.int32)
+        if _compiled_int4(weight_NK, group, packed, scale_NG, zeros) is not None:
+            return unpack_int4(packed, columns), scale_NG, None if zeros is None else unpack_zero_points(zeros, rows)
+    return search_int4(weight_NK, group, symmetric, scale_dtype)
 
 
 def quantize_int8(weight_NK: Tensor, *, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -102,14 +72,71 @@ def quantize_int8(weight_NK: Tensor, *, group_size: int, scale_dtype: torch.dtyp
     Raises:
         UsageError: The group size does not divide the columns.
 
-    Memory: the results and one float32 buffer of one block (512 KiB on a CPU, 32 MiB elsewhere; more if one row is longer).
+    Memory: the results, and as `store_int8`.
     """
     rows, columns = weight_NK.shape
     group = _group_columns(group_size, columns)
+    q_NK = torch.empty((rows, columns), dtype=torch.int8, device=weight_NK.device)
+    scale_NG = torch.empty((rows, columns // group), dtype=scale_dtype, device=weight_NK.device)
+    store_int8(weight_NK, group_size=group, packed_out=q_NK, scale_out=scale_NG)
+    return q_NK, scale_NG
+
+
+def store_int4(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_out: Tensor, zero_out: Tensor | None) -> bool:
+    """Quantizes rows of a weight straight into their storage, to what `quantize_int4` makes of them.
+
+    Args:
+        weight_NK: Shape (N, K), bfloat16, float16 or float32.
+        group_size: Columns that share a scale, a divisor of K; -1 = the whole row.
+        packed_out: int32 (N, ceil(K/8)).
+        scale_out: (N, G) in bfloat16, float16 or float32; its dtype is that of the scales.
+        zero_out: int32 (ceil(N/8), G), eight rows to a word; None: symmetric.
+
+    Returns:
+        Whether all weights are finite.
+
+    Raises:
+        UsageError: The group size does not divide the columns.
+
+    Memory: none where the compiled loop runs; else as `quantize_int4`.
+    """
+    group = _group_columns(group_size, weight_NK.shape[1])
+    finite = _compiled_int4(weight_NK, group, packed_out, scale_out, zero_out)
+    if finite is not None:
+        return finite
+    codes, scale, zero = search_int4(weight_NK, group, zero_out is None, scale_out.dtype)
+    packed_out.copy_(pack_int4(codes))
+    scale_out.copy_(scale)
+    if zero is not None and zero_out is not None:
+        zero_out.copy_(pack_zero_points(zero))
+    return is_finite(scale)
+
+
+def store_int8(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_out: Tensor) -> bool:
+    """Quantizes rows of a weight straight into their storage, to what `quantize_int8` makes of them.
+
+    Args:
+        weight_NK: Shape (N, K), bfloat16, float16 or float32.
+        group_size: Columns that share a scale, a divisor of K; -1 = the whole row.
+        packed_out: int8 (N, K).
+        scale_out: (N, G) in bfloat16, float16 or float32; its dtype is that of the scales.
+
+    Returns:
+        Whether all weights are finite.
+
+    Raises:
+        UsageError: The group size does not divide the columns.
+
+    Memory: none where the compiled loop runs; else one float32 buffer of one block (512 KiB on a CPU, 32 MiB elsewhere; more
+    if one row is longer).
+    """
+    rows, columns = weight_NK.shape
+    group = _group_columns(group_size, columns)
+    finite = native_quantize.int8(weight_NK, group_size=group, packed_out=packed_out, scale_out=scale_out)
+    if finite is not None:
+        return finite
     groups, device = columns // group, weight_NK.device
-    q_NK = torch.empty((rows, columns), dtype=torch.int8, device=device)
-    scale_NG = torch.empty((rows, groups), dtype=scale_dtype, device=device)
-    step = _block_rows(rows, columns, device)
+    step = block_rows(rows, columns, device)
     buffer = torch.empty(step * columns, dtype=torch.float32, device=device)
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
@@ -117,11 +144,30 @@ def quantize_int8(weight_NK: Tensor, *, group_size: int, scale_dtype: torch.dtyp
         work = buffer[: count * group].view(count, group)
         work.copy_(weight_NK[block].reshape(count, group))
         span = torch.maximum(work.amax(1), work.amin(1).neg_())
-        scale = _round_scale(span / 127.0, span, scale_dtype)
+        scale = round_scale(span / 127.0, span, scale_out.dtype)
         work.mul_(scale.reciprocal().unsqueeze(1)).round_().clamp_(-127, 127)
-        q_NK[block].view(count, group).copy_(work)
-        scale_NG[block].view(count).copy_(scale)
-    return q_NK, scale_NG
+        packed_out[block].view(count, group).copy_(work)
+        scale_out[block].view(count).copy_(scale)
+    return is_finite(scale_out)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity.
+
+    Args:
+        values: Any float tensor: weights, or scales, which are not finite where a weight is not.
+
+    Returns:
+        True for an empty tensor.
+
+    Memory: one number: NaN and infinities survive the difference that is looked at.
+    """
+    known = native_quantize.is_finite(values)
+    if known is not None:
+        return known
+    # The difference can overflow where all is well, so a suspicion is looked into.
+    suspect = values.numel() > 0 and not math.isfinite(float(values.amax() - values.amin()))
+    return not suspect or bool(torch.isfinite(values).all())
 
 
 def dequantize_int4(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -162,77 +208,9 @@ def dequantize_int8(q_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tenso
     return work.mul_(scale_NG.to(torch.float32).unsqueeze(2)).view(q_NK.shape).to(dtype)
 
 
-def _search(
-    weight: Tensor, rounded: Tensor, error: Tensor, *, symmetric: bool, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero, float32 (count,), of least squared error over the planes of `weight`; the other two are working space."""
-    scales, zeros = _candidates(weight, symmetric=symmetric, scale_dtype=scale_dtype)
-    inverses, lows, highs = scales.reciprocal(), -zeros, 15.0 - zeros
-    scale, zero = scales[0], zeros[0]
-    least = loss = torch.empty(0)
-    for index in range(scales.shape[0]):
-        # The error in units of the scale: clamp(round(w/s), -zero, 15 - zero) - w/s.
-        torch.mul(weight, inverses[index], out=rounded)
-        torch.round(rounded, out=error)
-        error.clamp_(lows[index], highs[index]).sub_(rounded).square_()
-        loss = _tree_sum(error).mul(scales[index]).mul_(scales[index])
-        if index == 0:
-            least = loss
-            continue
-        better = loss < least
-        scale = torch.where(better, scales[index], scale)
-        zero = torch.where(better, zeros[index], zero)
-        least = torch.where(better, loss, least)
-    return _refit(weight, rounded, error, scale, zero, scale_dtype), zero
-
-
-def _candidates(weight: Tensor, *, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales as they would be stored and zeros to try, float32 (candidates, count)."""
-    high, low = weight.amax(0), weight.amin(0)
-    if symmetric:
-        span = torch.maximum(high, low.neg_())
-        factors = torch.tensor(_SYMMETRIC_FACTORS, device=weight.device).unsqueeze(1)
-        scales = _round_scale(span / 7.0 * factors, span, scale_dtype)
-        return scales, torch.full_like(scales, 8.0)
-    # Zero has to be a code, so the range always takes in 0.
-    low.clamp_(max=0.0)
-    high.clamp_(min=0.0)
-    span = high - low
-    factors = torch.tensor(_ASYMMETRIC_FACTORS, device=weight.device).unsqueeze(1)
-    scales = _round_scale(span / 15.0 * factors, span, scale_dtype)
-    # Plain rounding puts the lowest weight on code 0; the others put the middle of the range on the middle of the codes.
-    zeros = (high + low).mul_(0.5).div(scales).neg_().add_(7.5)
-    torch.div(low, scales[0], out=zeros[0]).neg_()
-    return scales, zeros.round_().clamp_(0, 15)
-
-
-def _refit(weight: Tensor, q: Tensor, product: Tensor, scale: Tensor, zero: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """The scale that fits the codes best, sum(w * q) / sum(q * q): no worse with them, better still with codes chosen anew."""
-    torch.mul(weight, scale.reciprocal(), out=q)
-    q.round_().clamp_(-zero, 15.0 - zero)
-    torch.mul(weight, q, out=product)
-    along = _tree_sum(product).clone()
-    square = _tree_sum(q.square_())
-    # Where every code is the zero, or one is NaN, there is nothing to fit.
-    return torch.where(square > 0, _round_scale(along / square, square, scale_dtype), scale)
-
-
-def _tree_sum(planes: Tensor) -> Tensor:
-    """Sum over the first axis in place, always the same tree: fold the upper half onto the lower, an odd middle one waits."""
-    count = planes.shape[0]
-    while count > 1:
-        half = count // 2
-        planes[:half].add_(planes[count - half : count])
-        count -= half
-    return planes[0]
-
-
-def _round_scale(scale: Tensor, span: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` as `dtype` will store it, in float32: never 0, and 1 for a group of zeros."""
-    # The least half is subnormal, 2**-24; below the least normal number the inverse of the others would overflow.
-    least = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
-    stored = scale.to(dtype).to(torch.float32).clamp_(min=least)
-    return stored.masked_fill_(span == 0, 1.0)
+def _compiled_int4(weight_NK: Tensor, group: int, packed: Tensor, scale: Tensor, zero: Tensor | None) -> bool | None:
+    factors = SYMMETRIC_FACTORS if zero is None else ASYMMETRIC_FACTORS
+    return native_quantize.int4(weight_NK, group_size=group, factors=factors, packed_out=packed, scale_out=scale, zero_out=zero)
 
 
 def _group_columns(group_size: int, columns: int) -> int:
@@ -243,8 +221,3 @@ def _group_columns(group_size: int, columns: int) -> int:
             hint="Use a group size that divides them, or -1 for one scale per row.",
         )
     return group
-
-
-def _block_rows(rows: int, columns: int, device: torch.device) -> int:
-    elements = CPU_BLOCK_ELEMENTS if device.type == "cpu" else GPU_BLOCK_ELEMENTS
-    return max(1, min(rows, elements // max(columns, 1)))

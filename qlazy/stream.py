@@ -1,8 +1,9 @@
 """Read a checkpoint in bounded pieces and hand each to a worker that puts it in its place.
 
-Every worker owns one slot of the ring: it takes the next chunk in file order, reads it into its slot and quantizes it from
-there, so that while some workers read others compute, and nothing waits in between. The host never holds more than the ring,
-whatever the largest tensor is. Tensors that must be converted as a whole are read one group at a time.
+Every worker owns one slot of the ring: it takes the next run of chunks in file order, reads it into its slot and quantizes it
+from there, so that while some workers read others compute, and nothing waits in between. On a CPU a slot is small enough for
+what was read to be still in the processor's cache when it is quantized. The host never holds more than the ring, whatever the
+largest tensor is. Tensors that must be converted as a whole are read one group at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qlazy.errors import CorruptCheckpoint
-from qlazy.files import Files
+from qlazy.files import MARGIN, Files, make_ring
 from qlazy.fill import Fill, row_count
 from qlazy.memory import trim_heap
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
@@ -27,6 +28,15 @@ from qlazy.trace import Trace
 
 PROGRESS_INTERVAL_S = 0.1
 """Seconds between two looks at the progress."""
+
+CACHED_BYTES = 2 << 20
+"""Chunk of a load to the host: with what it becomes it stays in a second-level cache of 2 MiB."""
+
+MERGED_BYTES = 128 << 10
+"""Room of a slot beyond its chunk, for small neighbours that are read with it."""
+
+GAP_BYTES = 64 << 10
+"""Bytes that nobody wants, between two tensors, that are read through."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +53,17 @@ class Chunk:
     @property
     def nbytes(self) -> int:
         """Bytes that are read for it."""
+        return self.fill.nbytes if self.fill.convert else self._per_row * (self.stop - self.start)
+
+    @property
+    def begin(self) -> int:
+        """Where they begin in the file; of a group those of its first tensor."""
+        return self.fill.sources[0].offset + self._per_row * self.start
+
+    @property
+    def _per_row(self) -> int:
         info = self.fill.sources[0]
-        return (
-            self.fill.nbytes if self.fill.convert else info.nbytes // max(1, row_count(info.shape)) * (self.stop - self.start)
-        )
+        return info.nbytes // max(1, row_count(info.shape))
 
 
 Place = Callable[[Chunk, list[Tensor]], None]
@@ -63,6 +80,7 @@ class Stream:
         workers: Number of threads, each with one slot.
         drop_page_cache: Give back to the kernel the file pages that this read brought in, and only those.
         trace: Takes every read.
+        chunk_bytes: Most bytes of a chunk, unless 64 rows have more.
     """
 
     fills: tuple[Fill, ...]
@@ -70,6 +88,7 @@ class Stream:
     workers: int
     drop_page_cache: bool = True
     trace: Trace | None = None
+    chunk_bytes: int = CHUNK_BYTES
     bytes_done: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _whole: threading.Lock = field(default_factory=threading.Lock)
@@ -77,12 +96,13 @@ class Stream:
     def __enter__(self) -> Stream:
         """Start the workers."""
         self._stop = threading.Event()
-        self._slot_bytes = slot_bytes(self.fills, self.workers)
-        self._chunks = iter(plan_chunks(self.fills, self._slot_bytes))
+        room = slot_bytes(self.fills, self.workers, self.chunk_bytes)
+        self._reads = merge(plan_chunks(self.fills, room), room + MERGED_BYTES)
+        self._ring = make_ring(self.workers, room + MERGED_BYTES)
         self._files = Files(self.drop_page_cache, self.trace)
         self._torch_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qlazy-load")
-        self._running = {self._pool.submit(self._work) for _ in range(self.workers)}
+        self._running = {self._pool.submit(self._work, number) for number in range(self.workers)}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -90,6 +110,7 @@ class Stream:
         self._stop.set()
         self._pool.shutdown()
         self._files.close()
+        self._ring.clear()
         torch.set_num_threads(self._torch_threads)
         trim_heap()
 
@@ -107,52 +128,52 @@ class Stream:
                 worker.result()
             yield self.bytes_done
 
-    def _work(self) -> None:
+    def _work(self, number: int) -> None:
         # One thread an op: the workers are the parallelism, and their chunks are too small to share out further.
         torch.set_num_threads(1)
         try:
-            slot = torch.empty(self._slot_bytes, dtype=torch.uint8)
-            while not self._stop.is_set():
-                with self._lock:
-                    chunk = next(self._chunks, None)
-                if chunk is None:
-                    return
-                with torch.no_grad():
-                    self._run(chunk, slot)
+            slot = self._ring[number]
+            with torch.no_grad():
+                while not self._stop.is_set():
+                    with self._lock:
+                        chunks = next(self._reads, None)
+                    if chunks is None:
+                        return
+                    self._run(chunks, slot)
         except BaseException:
             self._stop.set()
             raise
 
-    def _run(self, chunk: Chunk, slot: Tensor) -> None:
-        if chunk.fill.convert is None:
-            info = chunk.fill.sources[0]
-            per_row = info.nbytes // max(1, row_count(info.shape))
-            data = self._files.read(info, chunk.start * per_row, slot[: chunk.nbytes])
-            self.place(chunk, [decode(data, info, chunk.stop - chunk.start)])
+    def _run(self, chunks: tuple[Chunk, ...], slot: Tensor) -> None:
+        if chunks[0].fill.convert is None:
+            begin, end = chunks[0].begin, chunks[-1].begin + chunks[-1].nbytes
+            data = self._files.read([chunk.fill.sources[0] for chunk in chunks], begin, end - begin, slot)
+            for chunk in chunks:
+                part = data[chunk.begin - begin :][: chunk.nbytes]
+                self.place(chunk, [decode(part, chunk.fill.sources[0], chunk.stop - chunk.start)])
         else:
             with self._whole:
-                tensors = [
-                    decode(self._files.read(i, 0, torch.empty(i.nbytes, dtype=torch.uint8)), i, row_count(i.shape)).view(
-                        i.shape
-                    )
-                    for i in chunk.fill.sources
-                ]
-                self.place(chunk, tensors)
+                self.place(chunks[0], [self._read_whole(info) for info in chunks[0].fill.sources])
         with self._lock:
-            self.bytes_done += chunk.nbytes
+            self.bytes_done += sum(chunk.nbytes for chunk in chunks)
+
+    def _read_whole(self, info: TensorInfo) -> Tensor:
+        (slot,) = make_ring(1, info.nbytes)
+        return decode(self._files.read([info], info.offset, info.nbytes, slot), info, row_count(info.shape)).view(info.shape)
 
 
-def slot_bytes(fills: tuple[Fill, ...], workers: int) -> int:
-    """Bytes of one slot: an equal part of the ring up to 8 MiB, but never less than 64 rows of the widest tensor.
+def slot_bytes(fills: tuple[Fill, ...], workers: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Bytes of a chunk in one slot: a part of the ring up to `chunk_bytes`, but never less than 64 rows of the widest tensor.
 
     Args:
         fills: What will be read.
         workers: Number of slots.
+        chunk_bytes: As much as is wanted.
     Returns:
         Bytes.
     """
     widest = max((_stripe(fill) for fill in fills if fill.convert is None), default=0)
-    return max(min(CHUNK_BYTES, RING_BYTES // workers), widest)
+    return max(min(chunk_bytes, RING_BYTES // workers - MERGED_BYTES - 2 * MARGIN), widest)
 
 
 def worker_count(fills: tuple[Fill, ...]) -> int:
@@ -190,6 +211,25 @@ def plan_chunks(fills: tuple[Fill, ...], limit: int) -> Iterator[Chunk]:
             yield Chunk(fill=fill, start=start, stop=min(extent, start + step))
 
 
+def merge(chunks: Iterator[Chunk], limit: int) -> Iterator[tuple[Chunk, ...]]:
+    """Put chunks that lie next to each other in a file together, to be read at once.
+
+    Args:
+        chunks: In file order.
+        limit: Most bytes of one read.
+    Yields:
+        Runs of chunks; one that is converted as a whole comes alone.
+    """
+    run: list[Chunk] = []
+    for chunk in chunks:
+        if run and (run[0].fill.convert or chunk.fill.convert or not _adjoins(run, chunk, limit)):
+            yield tuple(run)
+            run = []
+        run.append(chunk)
+    if run:
+        yield tuple(run)
+
+
 def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
     """Stored bytes to a tensor.
 
@@ -207,7 +247,9 @@ def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
     shape = (rows, *info.shape[-1:]) if len(info.shape) > 1 else (rows,) * len(info.shape)
     dtype = getattr(torch, info.dtype, None)
     if isinstance(dtype, torch.dtype):
-        return data.view(dtype).view(shape)
+        # Nothing obliges a file to begin its tensors on a multiple of their element.
+        aligned = data if data.storage_offset() % dtype.itemsize == 0 else data.clone()
+        return aligned.view(dtype).view(shape)
     import gguf
 
     try:
@@ -217,6 +259,14 @@ def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
             f"{info.path.name}: tensor {info.name!r} has type {info.dtype}, which cannot be decoded."
         ) from error
     return torch.from_numpy(values).view(shape)
+
+
+def _adjoins(run: list[Chunk], chunk: Chunk, limit: int) -> bool:
+    """Whether a chunk follows closely on a run of them, and all fit in one read."""
+    first, last = run[0], run[-1]
+    gap = chunk.begin - last.begin - last.nbytes
+    same_file = first.fill.sources[0].path == chunk.fill.sources[0].path
+    return same_file and 0 <= gap <= GAP_BYTES and chunk.begin + chunk.nbytes - first.begin <= limit
 
 
 def _row_cost(info: TensorInfo) -> int:

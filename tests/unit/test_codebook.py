@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlazy import codebook
+from qlazy import codebook, native_quantize
 from qlazy.formats import Codebook4
 
 KINDS = ["nf4", "fp4"]
@@ -47,6 +47,12 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     packed = torch.full((-(-count // 2),), 0xAA, dtype=torch.uint8)
     absmax = torch.full((-(-count // 64),), -1.0)
     codebook.quantize_blocks(weight, kind, packed_out=packed, absmax_out=absmax)
+    plain = packed.clone(), absmax.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_quantize, "codebook4", lambda *_, **__: None)
+        codebook.quantize_blocks(weight, kind, packed_out=plain[0], absmax_out=plain[1])
+    sound = absmax.isfinite()  # what is not means nothing
+    assert same_bits(absmax[sound], plain[1][sound]) and (not bool(sound.all()) or same_bits(packed, plain[0]))
     return packed, absmax
 
 

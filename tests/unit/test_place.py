@@ -29,9 +29,7 @@ class Model(nn.Module):
         super().__init__()
         for name in ("layer", "conv"):
             bias = nn.Parameter(torch.empty(ROWS, dtype=torch.bfloat16, device="meta"))
-            made = Int8Linear(
-                COLUMNS, ROWS, format=Int8(), dtype=torch.bfloat16, device="cpu", bias=bias, transposed=name == "conv"
-            )
+            made = Int8Linear(COLUMNS, ROWS, format=Int8(), dtype=torch.bfloat16, bias=bias, transposed=name == "conv")
             self.add_module(name, made)
         self.embedding = nn.Embedding(ROWS, COLUMNS, dtype=torch.bfloat16, device="meta")
         self.scale = nn.Parameter(torch.empty((), device="meta"))
@@ -42,7 +40,8 @@ class Model(nn.Module):
 def plan_of(model: nn.Module) -> Plan:
     names = ["layer.weight", "layer.bias", "conv.weight", "conv.bias", "embedding.weight", "scale", "steps", "real"]
     tensors = tuple(
-        TensorPlan(name=n, shape=(), format=None, dtype="", reason="", device="cpu", nbytes=0, source_nbytes=0) for n in names
+        TensorPlan(name=n, shape=(), format=None, kind="other", dtype="", reason="", device="cpu", nbytes=0, source_nbytes=0)
+        for n in names
     )
     budget = Budget(devices=("cpu",), free_bytes={"cpu": 1}, reserve_bytes=0, max_model_len=1)
     return Plan(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlazy import quantize
+from qlazy import native_quantize, search
 from qlazy.errors import UsageError
 from qlazy.packing import pack_int4, pack_zero_points, unpack_int4, unpack_zero_points
 from qlazy.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
@@ -189,7 +189,8 @@ def test_rows_in_pieces_are_the_whole(group_size: int, symmetric: bool, monkeypa
     assert same([run(chunk) for chunk in chunks])
     with ThreadPoolExecutor(4) as pool:
         assert same(list(pool.map(run, chunks)))
-    monkeypatch.setattr(quantize, "CPU_BLOCK_ELEMENTS", 13 * 192)
+    monkeypatch.setattr(native_quantize, "int4", lambda *_, **__: None)
+    monkeypatch.setattr(search, "CPU_BLOCK_ELEMENTS", 13 * 192)
     assert same([run(weight)])
     torch.set_num_threads(2)
     assert same([run(weight)])
@@ -199,7 +200,8 @@ def test_rows_in_pieces_are_the_whole(group_size: int, symmetric: bool, monkeypa
 def test_int8_rows_in_pieces_are_the_whole(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights(50, 96)
     q, scale = quantize_int8(weight, group_size=group_size, scale_dtype=torch.bfloat16)
-    monkeypatch.setattr(quantize, "CPU_BLOCK_ELEMENTS", 7 * 96)
+    monkeypatch.setattr(native_quantize, "int8", lambda *_, **__: None)
+    monkeypatch.setattr(search, "CPU_BLOCK_ELEMENTS", 7 * 96)
     pieces = [quantize_int8(part, group_size=group_size, scale_dtype=torch.bfloat16) for part in weight.split(13)]
     assert torch.equal(torch.cat([p[0] for p in pieces]), q)
     assert torch.equal(torch.cat([p[1] for p in pieces]), scale)

@@ -1,0 +1,32 @@
+/* `quantize_int8` of qlazy/quantize.py, straight into storage. */
+#include "quantize.h"
+
+INLINE int64_t quantize_groups(const qlazy_quantize *q, const int dtype, const int scale_dtype) {
+    const int64_t group = q->group, groups = q->rows * q->columns / group;
+    const void *weight = q->weight;
+    int8_t *restrict codes = q->packed; /* bytes may alias all else, and then nothing is vectorised */
+    int64_t bad = -1;
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t first = g * group;
+        const float span = widest(weight, first, group, dtype);
+        const float scale = round_scale(span / 127.0f, span, scale_dtype), inverse = 1.0f / scale;
+        store_scale(q->scale, g, scale, scale_dtype);
+        if (!is_finite(scale) && bad < 0) bad = first / q->columns;
+        for (int64_t k = first; k < first + group; k++) {
+            float code = rintf(load_float(weight, k, dtype) * inverse);
+            code = code < -127.0f ? -127.0f : code;
+            codes[k] = (int8_t)(int32_t)(code > 127.0f ? 127.0f : code);
+        }
+    }
+    return bad;
+}
+
+#define BY_SCALE(dtype) \
+    (q->scale_dtype == BFLOAT16  ? quantize_groups(q, dtype, BFLOAT16) \
+     : q->scale_dtype == FLOAT16 ? quantize_groups(q, dtype, FLOAT16) \
+                                 : quantize_groups(q, dtype, FLOAT32))
+
+/* codes int8 (rows, columns). Returns the first row whose scale is not finite, -1 where there is none. */
+int64_t qlazy_quantize_int8(const qlazy_quantize *q) {
+    return q->dtype == BFLOAT16 ? BY_SCALE(BFLOAT16) : q->dtype == FLOAT16 ? BY_SCALE(FLOAT16) : BY_SCALE(FLOAT32);
+}
