@@ -16,8 +16,9 @@ from qlazy.errors import UsageError
 from qlazy.lazy import generators
 from qlazy.lazy.facade import Facade
 from qlazy.lazy.journal import Journal, Tally
-from qlazy.lazy.log import record_of
+from qlazy.lazy.log import record_of, writes_to
 from qlazy.lazy.record import Recorder
+from qlazy.lazy.report import LazyReport, make_report
 from qlazy.lazy.scan import places
 
 _Built = TypeVar("_Built")
@@ -28,7 +29,7 @@ class Build:
     """A build in progress or done: a context manager that can be entered again.
 
     Args:
-        default_device: As `torch.device(...)` used as a context. Values are those that a CPU generator draws.
+        default_device: Where tensors lie that are made without saying where. Values are those that a CPU generator draws.
         dtype: As `torch.set_default_dtype(...)`.
     """
 
@@ -42,6 +43,18 @@ class Build:
                 "default_device is the device on which values will lie, which cannot be meta.", hint="Leave it out."
             )
 
+    def report(self, module: nn.Module | None = None) -> LazyReport:
+        """What was recorded in this context, and what of a module is lazy.
+
+        Args:
+            module: What to list tensors of.
+        Returns:
+            The report: `str()` for people, `to_json()` for programs.
+
+        Memory: a line for each tensor.
+        """
+        return make_report(self.tally, module)
+
     def __enter__(self) -> Build:
         """Record in this thread."""
         with contextlib.ExitStack() as stack:
@@ -51,7 +64,8 @@ class Build:
             session.journal.tallies.append(self.tally)
             stack.callback(_remove, session.journal.tallies, self.tally)
             if self._device is not None:
-                stack.enter_context(self._device)
+                stack.callback(setattr, session.journal, "default_device", session.journal.default_device)
+                session.journal.default_device = self._device
             if self._dtype is not None:
                 stack.callback(torch.set_default_dtype, torch.get_default_dtype())
                 torch.set_default_dtype(self._dtype)
@@ -81,10 +95,11 @@ class _Session:
 
     def seal(self) -> None:
         """Remember how often each tensor was written to: a write that comes later shows."""
-        for place in places(self.modules.values()):
-            record = record_of(place.tensor)
-            if record is not None:
-                record.counters.add(place.tensor._version)
+        found = [(record_of(place.tensor), place.tensor) for place in places(self.modules.values())]
+        new = [(record, tensor) for record, tensor in found if record is not None and not record.counters]
+        for record, tensor in new:
+            record.counters.add(writes_to(tensor))
+        self.journal.seal()
 
 
 @contextlib.contextmanager
@@ -102,7 +117,7 @@ def _recording() -> Any:
     ]
     _local.session = session
     try:
-        with Recorder(journal), Facade(journal):
+        with Recorder(journal) as recorder, Facade(recorder, journal):
             yield session
     finally:
         _local.session = None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlazy.errors import UsageError
 from qlazy.lazy import generators
 from qlazy.lazy.draw import after, draw_of
-from qlazy.lazy.log import Op, Record, Ref, Slot, Version, geometry_of, map_leaves, record_of, set_record, tensor_on
+from qlazy.lazy.log import Op, Record, Ref, Slot, Version, geometry_of, map_leaves, record_of, set_record, tensor_on, writes_to
 from qlazy.lazy.numpy_views import NumpyView
 from qlazy.lazy.replay import execute, plain, replay
 from qlazy.lazy.rng import Position
@@ -52,6 +53,12 @@ class Journal:
         self.tallies = tallies
         self._generators = {id(torch.default_generator): torch.default_generator}
         self._views: list[NumpyView] = []
+        self.default_device = CPU
+        """Where results lie that nothing else tells about."""
+        self._device: torch.device | None = None
+        """Where Python code asked for results to lie."""
+        self._edited: dict[int, Tensor] = {}
+        """Tensors of an earlier build that were written to in this one."""
 
     def generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator:
         """The generator that a random operation draws from."""
@@ -59,6 +66,41 @@ class Journal:
         found = given[0] if given else torch.default_generator
         self._generators[id(found)] = found
         return found
+
+    def on_device(self, device: torch.device, func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function whose results would lie on a device.
+
+        Args:
+            device: Where new storages would lie.
+            func: What to call.
+            *args: What with.
+            **kwargs: The same.
+        Returns:
+            What it returns.
+        """
+        before, self._device = self._device, device
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._device = before
+
+    def known(self, tensor: Tensor) -> Record | None:
+        """The record of a tensor that an operation reads or writes.
+
+        Args:
+            tensor: Any tensor.
+        Returns:
+            None for one that has none.
+        Raises:
+            UsageError: it was written to when no recorder was open.
+        """
+        record = record_of(tensor)
+        if record is not None and record.counters and id(tensor) not in self._edited and record.is_edited(tensor):
+            raise UsageError(
+                f"A tensor {list(tensor.shape)} was written to after lazy_build() had ended, while it had no memory.",
+                hint="Write to it inside lazy_build(), which can be entered again, or materialize first.",
+            )
+        return record
 
     def write(
         self,
@@ -68,7 +110,6 @@ class Journal:
         kwargs: dict[str, Any],
         result: Any,
         *,
-        device: torch.device | None = None,
         drawn: tuple[Position, Position] | None = None,
     ) -> None:
         """Write an operation down, unless all that it did was to look at storages in another way.
@@ -79,7 +120,6 @@ class Journal:
             args: What it was called with.
             kwargs: The same.
             result: Its results on meta; storages that are new get a record.
-            device: Where they would lie; None tells it from the arguments.
             drawn: Where its generator stood before and after, if that is known.
         """
         results = result if isinstance(result, (list, tuple)) else (result,)
@@ -96,7 +136,9 @@ class Journal:
             storage = tensor.untyped_storage()
             if record_of(tensor) is None:
                 slot = Slot(storage.nbytes())
-                set_record(storage, Record(slot, Version(slot, op), device or _device_of((kwargs, args))))
+                set_record(
+                    storage, Record(slot, Version(slot, op), self._device or _device_of((kwargs, args)) or self.default_device)
+                )
                 op.outputs.append((index, slot, geometry_of(tensor)))
                 for tally in self.tallies:
                     tally.lazy_bytes += slot.nbytes
@@ -108,6 +150,8 @@ class Journal:
         for tensor in written:
             record = record_of(tensor)
             assert record is not None
+            if record.counters:
+                self._edited[id(tensor)] = tensor
             if record.version.op is not op:
                 record.slot.nbytes = tensor.untyped_storage().nbytes()
                 record.version = Version(record.slot, op, None if overwritten else record.version)
@@ -125,7 +169,7 @@ class Journal:
         """
         twin = meta_twin(value)
         version = self._constant_version(value)
-        set_record(twin.untyped_storage(), Record(version.slot, version, CPU))
+        set_record(twin.untyped_storage(), Record(version.slot, version, self._device or self.default_device))
         return twin
 
     def concrete(self, wanted: Sequence[Tensor], reason: str) -> list[Tensor]:
@@ -140,7 +184,7 @@ class Journal:
         Memory: their storages, and what their operations need meanwhile.
         """
         self.take_over(wanted)
-        records = [record for tensor in wanted if (record := record_of(tensor)) is not None]
+        records = [record for tensor in wanted if (record := self.known(tensor)) is not None]
         memory = replay({id(record.version): record.version for record in records}.values())
         found = []
         with plain():
@@ -173,6 +217,13 @@ class Journal:
             for view in self._views:
                 if records is None or any(view.record is record for record in records):
                     view.take_over()
+
+    def seal(self) -> None:
+        """Remember how often tensors of earlier builds were written to by now."""
+        for tensor in self._edited.values():
+            record = record_of(tensor)
+            if record is not None:
+                record.counters.add(writes_to(tensor))
 
     def settle(self) -> None:
         """Give every generator that was drawn from the state that eager construction would have left."""
@@ -252,11 +303,11 @@ def _shares(tensor: Tensor, others: Any) -> bool:
     return any(other.untyped_storage()._cdata == storage for other in tensors(others))
 
 
-def _device_of(arguments: Any) -> torch.device:
-    """Where a result would lie: where it was asked for, or where the first recorded argument would."""
+def _device_of(arguments: Any) -> torch.device | None:
+    """Where a result would lie: on the GPU that was asked for, or where the first recorded argument would."""
     kwargs, args = arguments
     for value in (*kwargs.values(), *args):
-        if isinstance(value, torch.device):
+        if isinstance(value, torch.device) and value.type not in ("cpu", "meta"):
             return value
     records = (record_of(tensor) for tensor in tensors((args, kwargs)))
-    return next((record.device for record in records if record is not None), CPU)
+    return next((record.device for record in records if record is not None), None)

@@ -136,6 +136,16 @@ class Record:
     counters: set[int] = field(default_factory=set)
     """Version counters of the tensors on it when recording ended; empty where none were found."""
 
+    def is_edited(self, tensor: Tensor) -> bool:
+        """Whether a tensor on it was written to when no recorder was open.
+
+        Args:
+            tensor: A tensor on this storage. One that was never written to, such as a new view, has 0 for its counter.
+        Returns:
+            False as well where nothing is known.
+        """
+        return bool(self.counters) and writes_to(tensor) not in {0, *self.counters}
+
 
 def record_of(tensor: Tensor) -> Record | None:
     """The record of a tensor's storage.
@@ -147,7 +157,10 @@ def record_of(tensor: Tensor) -> Record | None:
     """
     if not tensor.is_meta or tensor.layout is not torch.strided:
         return None
-    found: Record | None = getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
+    try:
+        found: Record | None = getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
+    except NotImplementedError:  # a wrapper, such as `torch.func` makes
+        return None
     return found
 
 
@@ -159,6 +172,17 @@ def set_record(storage: UntypedStorage, record: Record) -> None:
         record: What is known of it.
     """
     setattr(storage, _ATTRIBUTE, record)
+
+
+def writes_to(tensor: Tensor) -> int:
+    """How often a tensor was written to, as torch counts it.
+
+    Args:
+        tensor: Any tensor.
+    Returns:
+        Its version counter; 0 for inference tensors, which have none.
+    """
+    return 0 if tensor.is_inference() else int(tensor._version)
 
 
 def meant_for_meta(result: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils import swap_tensors
 
 from qlazy.errors import UsageError
-from qlazy.lazy.log import Record, Version, geometry_of, is_meant_for_meta, record_of, set_record, tensor_on
+from qlazy.lazy.log import Record, Version, geometry_of, is_meant_for_meta, record_of, set_record, tensor_on, writes_to
 from qlazy.lazy.replay import plain, replay
 from qlazy.lazy.scan import Place, places
 
@@ -46,12 +46,9 @@ def materialize(
 
     Memory: the result, plus the largest set of storages that one tensor's operations need at the same time.
     """
-    if isinstance(held, Tensor):
-        found = [Place("tensor", held, None, None)]
-    else:
-        found = list(places([held]))
-    groups = _groups(found, only)
     with plain():
+        found = [Place("tensor", held, None, None)] if isinstance(held, Tensor) else list(places([held]))
+        groups = _groups(found, only)
         for group in groups:
             _materialize_group(group, device, dtype)
     if isinstance(held, Tensor):
@@ -73,7 +70,11 @@ class _Group:
 
 
 def _groups(found: list[Place], only: Only | None) -> list[_Group]:
-    """Tensors to materialize by storage, those that hold autograd graphs first: they keep others from being swapped."""
+    """Tensors to materialize by storage.
+
+    Those that hold autograd graphs come first, as they keep others from being swapped; the rest in the order in which
+    generators drew for them.
+    """
     chosen: set[int] = set()
     groups: dict[int, _Group] = {}
     for place in found:
@@ -94,7 +95,9 @@ def _groups(found: list[Place], only: Only | None) -> list[_Group]:
             chosen.add(id(record))
         groups.setdefault(id(record), _Group(record)).places.append(place)
     ordered = [group for key, group in groups.items() if key in chosen]
-    return sorted(ordered, key=lambda group: all(place.tensor.is_leaf for place in group.places))
+    return sorted(
+        ordered, key=lambda group: (all(place.tensor.is_leaf for place in group.places), group.record.version.op.order)
+    )
 
 
 def _is_wanted(only: Only, place: Place) -> bool:
@@ -104,7 +107,7 @@ def _is_wanted(only: Only, place: Place) -> bool:
 def _materialize_group(group: _Group, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
     record = group.record
     for place in group.places:
-        if record.counters and place.tensor._version not in record.counters:
+        if record.is_edited(place.tensor):
             raise UsageError(
                 f"{place.name} {list(place.tensor.shape)} was written to after lazy_build() had ended, while it had no memory: "
                 "what was written is lost.",
@@ -119,11 +122,15 @@ def _materialize_group(group: _Group, device: torch.device | str | None, dtype: 
     for tensor in tensors.values():
         result = _put(tensor, record.real, dtype)
         if origin is not None:
-            origin.counters.add(result._version)
+            origin.counters.add(writes_to(result))
         if result is not tensor:
-            for place in group.places:
-                if place.tensor is tensor:
-                    place.rebind(result)
+            rebound = [place.rebind(result) for place in group.places if place.tensor is tensor and place.owner is not None]
+            if not all(rebound):
+                name = next(place.name for place in group.places if place.tensor is tensor)
+                raise UsageError(
+                    f"{name} {list(tensor.shape)} cannot be changed in place: something outside of Python holds on to it.",
+                    hint="Detach it from what was computed with it, or keep it in an attribute, a list or a dict.",
+                )
         group.result = result
 
 
@@ -184,9 +191,9 @@ def release(held: _Held, *, only: Only | None = None) -> _Held:
 
     Memory: none.
     """
-    found = [Place("tensor", held, None, None)] if isinstance(held, Tensor) else list(places([held]))
     records: dict[int, tuple[Record, UntypedStorage]] = {}
     with plain():
+        found = [Place("tensor", held, None, None)] if isinstance(held, Tensor) else list(places([held]))
         for place in found:
             tensor = place.tensor
             if tensor.is_meta or tensor.layout is not torch.strided or (only is not None and not _is_wanted(only, place)):
@@ -195,7 +202,7 @@ def release(held: _Held, *, only: Only | None = None) -> _Held:
             origin: Record | None = getattr(storage, _ORIGIN, None)
             if origin is None:
                 continue
-            if tensor._version not in origin.counters:
+            if writes_to(tensor) not in origin.counters:
                 raise UsageError(
                     f"{place.name} {list(tensor.shape)} was written to since it was materialized, which would be lost.",
                     hint="Keep it, or exclude it with only=.",

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlazy.errors import UsageError
 from qlazy.lazy import generators
 from qlazy.lazy.journal import CPU, META, Journal, meta_twin
-from qlazy.lazy.log import Op, geometry_of, leaves, map_leaves, meant_for_meta, record_of, tensor_on
+from qlazy.lazy.log import Op, geometry_of, is_meant_for_meta, leaves, map_leaves, meant_for_meta, record_of, tensor_on
 from qlazy.lazy.replay import execute, plain
 from qlazy.lazy.rng import Position
 from qlazy.lazy.schema import FILLS, Facts, aten, facts_of, tensors
@@ -36,6 +36,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, journal: Journal) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._journal = journal
+        self.on_meta = False
+        """Whether Python code asked for the meta device; torch's own C++ asks for it too, where its arguments lie there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Torch calls this in place of the operation."""
@@ -47,7 +49,7 @@ class Recorder(TorchDispatchMode):
         given = list(tensors((args, kwargs)))
         if not given:
             return self._run_factory(func, facts, args, kwargs)
-        records = [record_of(tensor) for tensor in given]
+        records = [self._journal.known(tensor) for tensor in given]
         if any(record is not None and record.real is not None for record in records):
             return self._run_on_memory(func, args, kwargs)
         if not any(records):
@@ -59,6 +61,8 @@ class Recorder(TorchDispatchMode):
                     "building lazily, or on meta on purpose.",
                     hint="Make it inside lazy_build(), or materialize the module before it is changed.",
                 )
+        if self.on_meta and META in leaves((args, kwargs)):
+            return meant_for_meta(func(*args, **kwargs))
         self._journal.take_over(given)
         if (
             facts.asks_values
@@ -83,8 +87,8 @@ class Recorder(TorchDispatchMode):
 
     def _run_factory(self, func: Any, facts: Facts, args: Args, kwargs: Kwargs) -> Any:
         """No argument is a tensor."""
-        device = next((leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.device)), None)
-        if device is not None and device.type == "meta":
+        device = next((leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.device)), CPU)
+        if device.type == "meta" and self.on_meta:
             return meant_for_meta(func(*args, **kwargs))
         if not facts.has_device or kwargs.get("layout") not in (None, torch.strided):
             return func(*args, **kwargs)
@@ -94,15 +98,21 @@ class Recorder(TorchDispatchMode):
         except NotImplementedError:
             self._journal.tell_real(func)
             return func(*args, **kwargs)
-        self._journal.write(func, facts, args, kwargs | {"device": CPU}, result, device=device or CPU)
+        self._journal.write(func, facts, args, kwargs | {"device": CPU}, result)
         return result
 
     def _run_real(self, func: Any, facts: Facts, args: Args, kwargs: Kwargs, given: list[Tensor]) -> Any:
         """No argument is recorded: run it, but take over what torch has just made from Python values."""
         if func is aten.lift_fresh.default and _is_fresh(given[0]):
             return self._journal.constant(given[0])
+        if func is aten.lift_fresh.default and given[0].is_meta and not self.on_meta:
+            raise UsageError(
+                f"Values {list(given[0].shape)} were lost: torch copied them to the device of a tensor without memory.",
+                hint="Name the device, as in torch.tensor(values, device=tensor.device).",
+            )
         if all(tensor.is_meta for tensor in given):
-            return meant_for_meta(func(*args, **kwargs))
+            result = func(*args, **kwargs)
+            return meant_for_meta(result) if all(is_meant_for_meta(tensor) for tensor in given) else result
         if facts.random:
             with plain():
                 generators.settle(self._journal.generator(args, kwargs))

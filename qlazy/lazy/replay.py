@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,6 +17,9 @@ from qlazy.lazy.schema import with_generator
 
 Memory = dict[Slot, UntypedStorage]
 _default_generator = threading.RLock()
+_TRIM_BYTES = 16 << 20
+"""After so many bytes were given back, the C library is told to give them back as well: it keeps holes."""
+_freed = Slot(0)
 
 
 @contextlib.contextmanager
@@ -40,7 +44,7 @@ def replay(versions: Iterable[Version]) -> Memory:
     Memory: the results, plus the largest set of other storages that are needed at the same time.
     """
     wanted = list(versions)
-    ops = _slice(wanted)
+    ops = slice_of(wanted)
     last_use: dict[Slot, int] = {}
     for place, op in enumerate(ops):
         for ref in op.refs():
@@ -58,6 +62,10 @@ def replay(versions: Iterable[Version]) -> Memory:
             execute(op, memory)
             for slot in leaving.get(place, ()):
                 memory.pop(slot, None)
+                _freed.nbytes += slot.nbytes
+    if _freed.nbytes >= _TRIM_BYTES:
+        _freed.nbytes = 0
+        _trim_heap()
     return memory
 
 
@@ -91,8 +99,19 @@ def execute(op: Op, memory: Memory, generator: torch.Generator | None = None) ->
     return result
 
 
-def _slice(wanted: list[Version]) -> list[Op]:
-    """The operations that these versions depend on, in the order in which they were recorded."""
+def _trim_heap() -> None:
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def slice_of(wanted: list[Version]) -> list[Op]:
+    """The operations that storages depend on.
+
+    Args:
+        wanted: What is wanted of each storage.
+    Returns:
+        The operations, in the order in which they were recorded.
+    """
     seen: set[int] = set()
     ops: dict[int, Op] = {}
     left = list(wanted)

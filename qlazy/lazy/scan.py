@@ -47,10 +47,10 @@ class Place:
         Returns:
             False where the owner cannot be changed.
         """
-        if isinstance(self.owner, (dict, list)):
-            self.owner[self.key] = tensor
-            return True
-        return False
+        if not hasattr(self.owner, "__setitem__"):
+            return False
+        self.owner[self.key] = tensor
+        return True
 
 
 def places(roots: Iterable[nn.Module]) -> Iterator[Place]:

@@ -27,6 +27,9 @@ _REPOINTS = {
 }  # fmt: skip
 """They change which storage a tensor lies on, and no values."""
 
+_ALSO_WRITES = {aten.native_batch_norm.default: ("running_mean", "running_var")}
+"""Arguments that are written to although the schema does not say so."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -58,8 +61,11 @@ def facts_of(func: Any) -> Facts:
     Returns:
         Its facts.
     """
-    arguments = enumerate(func._schema.arguments)
-    writes = [(place, a.name) for place, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    writes = [
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write) or argument.name in _ALSO_WRITES.get(func, ())
+    ]
     return Facts(
         random=torch.Tag.nondeterministic_seeded in func.tags,
         asks_values=torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags,
