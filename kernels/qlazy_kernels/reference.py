@@ -7,28 +7,93 @@ from torch import Tensor
 
 
 def dequantize_int4(
-    weight_packed: Tensor, weight_scale: Tensor, weight_zero_point: Tensor | None = None, *, dtype: torch.dtype | None = None
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    *,
+    columns: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The same as `qlazy_kernels.dequantize.dequantize_int4`, arguments and result alike.
+    """The same as `qlazy_kernels.dequantize.dequantize_int4` for all rows.
 
     Args:
         weight_packed: (N, P) int32.
         weight_scale: (N, G) float16, bfloat16 or float32.
         weight_zero_point: (ceil(N / 8), G) int32; None = 8 everywhere.
-        dtype: Dtype of the result; None = the dtype of the scales.
+        columns: K; None = 8 P.
+        dtype: Dtype of the result; None = the dtype of the scales. float64 gives the weights exactly.
 
     Returns:
-        (N, 8 P) weight.
+        (N, K) weight.
 
-    Memory: three fp32 or int32 copies of the result.
+    Memory: three copies of the result in fp32 (float64 where that is the dtype).
     """
     rows, groups = weight_scale.shape
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight_packed.device)
-    codes_NK = (weight_packed.unsqueeze(-1) >> shifts & 0xF).reshape(rows, -1)
+    codes_NK = (weight_packed.unsqueeze(-1) >> shifts & 0xF).reshape(rows, -1)[:, :columns]
     if weight_zero_point is None:
         zero_NG = torch.full((rows, groups), 8, dtype=torch.int32, device=weight_packed.device)
     else:
         zero_NG = (weight_zero_point.unsqueeze(1) >> shifts[:, None] & 0xF).reshape(-1, groups)[:rows]
-    steps = (codes_NK.reshape(rows, groups, -1) - zero_NG.unsqueeze(-1)).float()
-    weight = (steps * weight_scale.float().unsqueeze(-1)).reshape(rows, -1)
-    return weight.to(weight_scale.dtype if dtype is None else dtype)
+    steps = codes_NK.reshape(rows, groups, -1) - zero_NG.unsqueeze(-1)
+    return _scaled(steps, weight_scale, dtype)
+
+
+def dequantize_int8(weight_packed: Tensor, weight_scale: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The same as `qlazy_kernels.dequantize.dequantize_int8` for all rows.
+
+    Args:
+        weight_packed: (N, K) int8.
+        weight_scale: (N, G) float16, bfloat16 or float32.
+        dtype: Dtype of the result; None = the dtype of the scales. float64 gives the weights exactly.
+
+    Returns:
+        (N, K) weight.
+
+    Memory: two copies of the result in fp32 (float64 where that is the dtype).
+    """
+    rows, groups = weight_scale.shape
+    return _scaled(weight_packed.reshape(rows, groups, -1), weight_scale, dtype)
+
+
+def dequantize_codebook4(
+    weight_packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same as `qlazy_kernels.dequantize.dequantize_codebook4` for all rows.
+
+    Args:
+        weight_packed: (ceil(N K / 2),) uint8.
+        absmax: (B,) float32; with `nested` uint8.
+        code: (16,) float32.
+        nested: Values of the 8-bit codes of absmax, its own absmax, its offset; or None.
+        rows: N.
+        columns: K.
+        dtype: Dtype of the result. float64 gives the weights exactly.
+
+    Returns:
+        (N, K) weight.
+
+    Memory: about five copies of the result in fp32.
+    """
+    if nested is not None:
+        values, nested_absmax, offset = nested
+        scales = nested_absmax.repeat_interleave(256)[: absmax.numel()]
+        absmax = values[absmax.int()] * scales + offset
+    work = torch.float64 if dtype is torch.float64 else torch.float32
+    nibbles = torch.stack([weight_packed >> 4, weight_packed & 0xF], 1).reshape(-1)[: rows * columns]
+    weight = code.to(work)[nibbles.int()] * absmax.to(work).repeat_interleave(64)[: rows * columns]
+    return weight.view(rows, columns).to(dtype)
+
+
+def _scaled(steps_NGk: Tensor, scale_NG: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Steps times their scale: one product in fp32 (float64 where that is the dtype), rounded once."""
+    work = torch.float64 if dtype is torch.float64 else torch.float32
+    weight = steps_NGk.to(work) * scale_NG.to(work).unsqueeze(-1)
+    return weight.reshape(scale_NG.shape[0], -1).to(scale_NG.dtype if dtype is None else dtype)

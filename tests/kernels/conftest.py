@@ -1,0 +1,47 @@
+"""The kernels without a GPU: Triton's interpreter runs them on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """Every module of the package, imported a second time so that Triton interprets it here and in no other test."""
+    triton = pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    import qlazy_kernels
+
+    # The interpreter asks for Gluon at the first launch, and that looks for the functions that are replaced below.
+    pytest.importorskip("triton.experimental.gluon.language")
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] == "qlazy_kernels"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as during_import:
+            during_import.setenv("TRITON_INTERPRET", "1")
+            # `tl.sum` and its like are kernels as well; where Triton was imported before, they wait to be compiled.
+            for library in (triton.language, triton.language.standard):
+                for name, value in list(vars(library).items()):
+                    if isinstance(value, triton.runtime.JITFunction):
+                        patch.setattr(library, name, _interpreted(triton, value))
+            compiled = {name: sys.modules.pop(name) for name in ours()}
+            names = [module.name for module in pkgutil.iter_modules(qlazy_kernels.__path__)]
+            modules = {name: importlib.import_module(f"qlazy_kernels.{name}") for name in names}
+            for name in ours():
+                del sys.modules[name]
+            sys.modules.update(compiled)
+        yield SimpleNamespace(**modules)
+
+
+_seen: dict[int, object] = {}
+
+
+def _interpreted(triton, function):
+    """One interpreted twin of each, as the interpreter knows a sum by the identity of its function."""
+    return _seen.setdefault(id(function), triton.jit(function.fn))

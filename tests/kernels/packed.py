@@ -1,0 +1,48 @@
+"""Random packed weights and activations, and what a product of them must be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def random_int4(rows: int, columns: int, groups: int, *, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Packed words, scales and zeros: every bit pattern is a valid weight."""
+    generator = torch.Generator().manual_seed(rows * columns + groups)
+
+    def words(*shape: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+
+    scale = (torch.rand((rows, groups), generator=generator) + 0.5).mul_(0.02).to(dtype)
+    return words(rows, -(-columns // 8)), scale, None if symmetric else words(-(-rows // 8), groups)
+
+
+def random_int8(rows: int, columns: int, groups: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows * columns + groups)
+    packed = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int64).to(torch.int8)
+    return packed, (torch.rand((rows, groups), generator=generator) + 0.5).mul_(0.002).to(dtype)
+
+
+def random_tokens(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn((tokens, columns), generator=torch.Generator().manual_seed(tokens * columns)).to(dtype)
+
+
+def require_precise(y: Tensor, x: Tensor, weight64: Tensor, bias: Tensor | None = None) -> None:
+    """Error against float64 at most twice that of a torch product of the weight dequantized to the dtype of `x`.
+
+    Triton's interpreter cuts bfloat16 results off where a GPU rounds them: that costs up to one unit in the last place, 2**-8.
+    """
+    exact = x.double() @ weight64.T + (0.0 if bias is None else bias.double())
+    plain = torch.nn.functional.linear(x, weight64.to(x.dtype), bias)
+    error, allowed = ((result.double() - exact).norm() / exact.norm() for result in (y, plain))
+    assert y.dtype == x.dtype and y.isfinite().all()
+    assert error <= 2 * allowed + (2**-8 if x.dtype is torch.bfloat16 else 1e-7), (error, allowed)
+
+
+def require_same(got: Tensor, expected: Tensor) -> None:
+    """The same bits; in bfloat16 a neighbour will do, as Triton's interpreter cuts off where a GPU rounds."""
+    assert got.dtype == expected.dtype
+    if got.dtype is torch.bfloat16:
+        assert ((got.view(torch.int16).int() - expected.view(torch.int16).int()).abs() <= 1).all()
+    else:
+        assert torch.equal(got, expected)
