@@ -1,4 +1,4 @@
-"""Low-bit models under torch.compile and torch.export: one graph, the same answers, nothing compiled again for another length."""
+"""Low-bit models under torch.compile and torch.export: one graph, the same answers, no new graph for another length."""
 
 from __future__ import annotations
 
