@@ -40,7 +40,7 @@ VARIABLES = (
     "QLAZY_NATIVE",
     "QLAZY_DEBUG",
 )
-"""Environment variables that change what qlazy does; QLAZY_NATIVE=0 quantizes without the C compiler, QLAZY_DEBUG=1 adds a
+"""Environment variables that change what qlazy does; QLAZY_NATIVE=0 quantizes and multiplies without the C compiler, QLAZY_DEBUG=1 adds a
 traceback to errors."""
 
 SECRETS = ("HF_TOKEN",)
@@ -210,7 +210,7 @@ def text(found: dict[str, Any]) -> str:
         ("platform", found["platform"]),
         *((name, number or "not installed") for name, number in found["packages"].items()),
         ("qlazy_kernels", found["qlazy_kernels"]),
-        ("c compiler", found["compiler"] or "none; quantizing takes longer"),
+        ("c compiler", found["compiler"] or "none; on a CPU quantizing and answering take several times longer: install gcc"),
         ("cpu", f"{cpu['name'] or 'unknown'}, {cpu['usable_threads']} of {cpu['threads']} threads"),
         ("cpu features", " ".join(cpu["features"]) or "none that matter"),
         ("memory", f"{format_bytes(cpu['free_bytes'])} free of {format_bytes(cpu['total_bytes'])}"),
