@@ -40,8 +40,8 @@ VARIABLES = (
     "QLAZY_NATIVE",
     "QLAZY_DEBUG",
 )
-"""Environment variables that change what qlazy does; QLAZY_NATIVE=0 quantizes and multiplies without the C compiler, QLAZY_DEBUG=1 adds a
-traceback to errors."""
+"""Environment variables that change what qlazy does; QLAZY_NATIVE=0 quantizes and multiplies without the C compiler,
+QLAZY_DEBUG=1 adds a traceback to errors."""
 
 SECRETS = ("HF_TOKEN",)
 """Variables whose values are never shown."""

@@ -191,7 +191,8 @@ INLINE void product_rows(const qlazy_product *p, const shape *s, const activatio
     }
     const word_table table = make_table(values), rest_table = make_table(rest);
     const int64_t each = s->planes / p->tokens;
-#pragma omp parallel for num_threads(p->threads) schedule(static)
+    const int64_t share = p->rows / (p->threads * 8) + 1; /* fast and slow cores end together */
+#pragma omp parallel for num_threads(p->threads) schedule(dynamic, share)
     for (int64_t n = 0; n < p->rows; n++) {
         const float bias = p->bias ? load_one(p->bias, n, p->bias_dtype) : 0.0f;
         for (int64_t plane = 0; plane < s->planes;) {
@@ -331,7 +332,8 @@ INLINE void dequantize_row(const qlazy_block *b, int64_t r, const int kind, cons
 
 /* Rows of a weight as the model computes with them: code times scale in float32, rounded once. */
 void qlazy_dequantize(const qlazy_block *b) {
-#pragma omp parallel for num_threads(b->threads) schedule(static)
+    const int64_t share = b->rows / (b->threads * 8) + 1;
+#pragma omp parallel for num_threads(b->threads) schedule(dynamic, share)
     for (int64_t r = 0; r < b->rows; r++) {
         if (b->kind == INT4 && b->out_dtype == BFLOAT16) dequantize_row(b, r, INT4, BFLOAT16);
         else if (b->kind == INT4) dequantize_row(b, r, INT4, b->out_dtype);
