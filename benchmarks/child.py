@@ -7,16 +7,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from machine import HERE, THREADS
 
 
-def call(script: str, *words: str, timeout_s: float) -> dict[str, Any]:
-    """What the script found, or why it did not, under `error`."""
+def call(script: str, *words: str, timeout_s: float, more: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What the script found, or why it did not, under `error`. `more` goes into its environment."""
     command = [sys.executable, str(HERE / script), *words]
+    environ = environment() | dict(more or {})
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=timeout_s)
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {timeout_s:.0f} s"}
     if done.returncode < 0:

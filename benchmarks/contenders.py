@@ -6,6 +6,7 @@ Everything is imported before a clock starts. A contender takes its library's de
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,13 @@ from typing import Any, Protocol
 PROMPT_TOKENS = 512
 """The longest prompt that is measured."""
 
+DECODE_S = 15
+"""Seconds after which no further token is decoded, however few there are."""
+
+
+WITHOUT_AMX = Path(sys.prefix) / "llama-without-amx" / "llama_cpp" / "lib"
+"""Where the Makefile puts a second build of llama.cpp, on processors that have AMX."""
+
 
 class Model(Protocol):
     """A loaded model."""
@@ -23,7 +31,7 @@ class Model(Protocol):
         """Compute a prompt, up to the logits of its last token."""
 
     def decode(self, ids: Sequence[int], new_tokens: int) -> tuple[list[int], list[float]]:
-        """Tokens that follow a prompt, greedily, with the time at which each was there; no token ends it."""
+        """Tokens that follow a prompt, greedily, with the time at which each was there; only `DECODE_S` ends it before."""
 
     def weights(self) -> dict[str, int]:
         """`weight_bytes`: of all weights as they lie in memory; `token_bytes`: of those that one token needs."""
@@ -41,6 +49,8 @@ class Contender:
     """Modules that are imported before the clock runs. The contender is absent where the first is not installed."""
     gguf: str = ""
     """Kind of GGUF file that it reads, of those in `Inputs.gguf`; empty: the folder."""
+    library: Path | None = None
+    """Folder of another build of llama.cpp's library; the contender is absent where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +123,8 @@ def _llama_cpp(kind: str) -> Callable[[Inputs], Model]:
     return lambda inputs: LlamaCppModel(inputs.gguf[kind], inputs.threads)
 
 
-def _gguf(title: str, kind: str) -> Contender:
-    return Contender(title=title, load=_llama_cpp(kind), imports=("llama_cpp",), gguf=kind)
+def _gguf(title: str, kind: str, library: Path | None = None) -> Contender:
+    return Contender(title=title, load=_llama_cpp(kind), imports=("llama_cpp",), gguf=kind, library=library)
 
 
 _TRANSFORMERS = ("transformers", "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto")
@@ -144,6 +154,8 @@ CONTENDERS: dict[str, Contender] = {
     "llamacpp-q4_0": _gguf("llama.cpp Q4_0", "q4_0"),
     "llamacpp-q4_k_m": _gguf("llama.cpp Q4_K_M", "q4_k_m"),
     "llamacpp-q8_0": _gguf("llama.cpp Q8_0", "q8_0"),
+    "llamacpp-q4_0-noamx": _gguf("llama.cpp Q4_0, without AMX", "q4_0", WITHOUT_AMX),
+    "llamacpp-q8_0-noamx": _gguf("llama.cpp Q8_0, without AMX", "q8_0", WITHOUT_AMX),
     "llamacpp-shipped": _gguf("llama.cpp, the file as shipped", "shipped"),
 }
 """By the name that `--only` takes."""
@@ -175,7 +187,7 @@ class TorchModel:
         class Clock(StoppingCriteria):
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
                 times.append(time.perf_counter())
-                return torch.zeros(len(input_ids), dtype=torch.bool)
+                return torch.full((len(input_ids),), times[-1] - times[0] > DECODE_S, dtype=torch.bool)
 
         times: list[float] = []
         tokens = torch.tensor([ids])
@@ -256,7 +268,7 @@ class LlamaCppModel:
     def decode(self, ids: Sequence[int], new_tokens: int) -> tuple[list[int], list[float]]:
         self._forget()
         found, times = [self._next_token(ids)], [time.perf_counter()]
-        while len(found) < new_tokens:
+        while len(found) < new_tokens and times[-1] - times[0] <= DECODE_S:
             found.append(self._next_token(found[-1:]))
             times.append(time.perf_counter())
         return found, times

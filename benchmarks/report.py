@@ -187,9 +187,9 @@ def _circumstances(figures: Figures) -> list[str]:
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB of memory; {result['settings']['threads']} threads for everybody.",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".",
-        f"qlazy at commit {', '.join(commits)}. {len(rounds)} rounds, {times[0]} to {times[-1]}; in a round each contender "
-        f"runs once, in a process of its own. Of the processors' time, other programs took at most {others:.0%} during a "
-        f"run, and the hypervisor {stolen:.0%}.",
+        f"qlazy at commit {', '.join(commits)}. {len(rounds)} rounds, {times[0]} to {times[-1]}; each contender at most "
+        f"once a round, in a process of its own. Of the processors' time, other programs took at most {others:.0%} during a run, "
+        f"and the hypervisor {stolen:.0%}.",
     ]
     if others > QUIET_SHARE:
         busy = sum(run["others_share"] > QUIET_SHARE for run in runs)
@@ -245,7 +245,18 @@ def _probes(figures: Figures) -> list[str]:
         lines.append(
             f"{kind.upper()} file: {made['bytes'] / 2**20:.0f} MiB, embedding {made['embedding']}, head {made['head']}{took}."
         )
+    builds: dict[str, str] = {}
+    for run in (run for run in figures.good if "build" in run):
+        builds.setdefault(_instructions(run["build"]), run["contender"])
+    if builds:
+        lines.append("llama.cpp is compiled with " + "; ".join(f"{used} ({name})" for used, name in builds.items()) + ".")
     return [" ".join(lines)] if lines else []
+
+
+def _instructions(build: str) -> str:
+    """The names of what a build of llama.cpp uses, from lines such as `CPU : AVX = 1 | FMA = 1 | `."""
+    pairs = [part.split("=") for part in build.partition(":")[2].split("|") if "=" in part]
+    return " ".join(name.strip() for name, value in pairs if value.strip() == "1")
 
 
 def _goals(figures: Figures) -> list[str]:

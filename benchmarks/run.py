@@ -36,6 +36,10 @@ PROBES = ("cat", "bandwidth", "quantizers")
 """What is measured beside the contenders: reading the files, reading memory, quantizing from memory."""
 
 QUICK = ("cat", "bandwidth", "quantizers", "qlazy-int4", "qlazy-int8", "qlazy-nf4", "bnb-nf4", "bnb-int8")
+FEWER = ("quanto-int4", "quanto-int8", "torchao-int8", "llamacpp-q4_k_m", "llamacpp-q4_0-noamx", "llamacpp-q8_0-noamx")
+"""Run in the first `FEWER_ROUNDS` rounds alone: no goal is measured by them, and some take long."""
+
+FEWER_ROUNDS = 3
 TIMEOUT_S = 900
 """Longest that one run may take."""
 
@@ -99,7 +103,8 @@ def remaining(names: list[str], rounds: int, runs: list[dict[str, Any]]) -> list
     order = []
     for round_ in range(rounds):
         shift = round_ % max(1, len(names))
-        order += [(round_, name) for name in names[shift:] + names[:shift] if (name, round_) not in done]
+        turn = [name for name in names[shift:] + names[:shift] if round_ < FEWER_ROUNDS or name not in FEWER]
+        order += [(round_, name) for name in turn if (name, round_) not in done]
     return order
 
 
@@ -133,6 +138,8 @@ def check(names: Sequence[str], work_dir: Path) -> dict[str, str]:
     for name in names:
         if name in CONTENDERS and not _importable(CONTENDERS[name].imports[0]):
             found[name] = f"{CONTENDERS[name].imports[0]} is not installed"
+        elif name in CONTENDERS and (library := CONTENDERS[name].library) is not None and not library.is_dir():
+            found[name] = f"there is no such build in {library}"
     inputs, _ = write_inputs("tiny", names, found, work_dir, new_tokens=8)
     for name in names:
         if name in found or name in ("cat", "bandwidth"):
@@ -147,7 +154,9 @@ def check(names: Sequence[str], work_dir: Path) -> dict[str, str]:
 def _measure(name: str, inputs: Inputs, work_dir: Path) -> dict[str, Any]:
     given = work_dir / "inputs.json"
     given.write_text(json.dumps(asdict(inputs)))
-    return call("measure.py", name, str(given), timeout_s=TIMEOUT_S)
+    library = CONTENDERS[name].library if name in CONTENDERS else None
+    more = {"LLAMA_CPP_LIB_PATH": str(library)} if library else {}
+    return call("measure.py", name, str(given), timeout_s=TIMEOUT_S, more=more)
 
 
 def _importable(module: str) -> bool:

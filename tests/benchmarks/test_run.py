@@ -31,8 +31,14 @@ def test_what_is_done_is_not_done_again_and_what_failed_is():
     assert run.remaining(["a", "b"], 2, runs) == [(0, "b"), (1, "a")]
 
 
-def test_quick_names_exist():
-    assert set(run.QUICK) <= {*run.PROBES, *CONTENDERS}
+def test_who_is_in_no_goal_runs_in_fewer_rounds():
+    order = run.remaining(["bf16", "quanto-int4"], 5, [])
+    assert [name for _, name in order].count("bf16") == 5
+    assert [round_ for round_, name in order if name == "quanto-int4"] == [0, 1, 2]
+
+
+def test_named_contenders_exist():
+    assert {*run.QUICK, *run.FEWER} <= {*run.PROBES, *CONTENDERS}
 
 
 def test_other_work_is_only_what_others_did():
