@@ -94,8 +94,10 @@ def drop(files: list[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def cached_bytes(files: list[Path]) -> int:
-    """Bytes of files that are in the page cache, as `fincore` of util-linux counts them."""
+def cached_bytes(files: list[Path]) -> int | None:
+    """Bytes of files that are in the page cache, as `fincore` of util-linux counts them; None where there is no such program."""
+    if shutil.which("fincore") is None:
+        return None
     done = subprocess.run(["fincore", "-b", "-n", "-o", "RES", *map(str, files)], capture_output=True, text=True, check=True)
     return sum(int(line) for line in done.stdout.split())
 

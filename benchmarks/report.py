@@ -188,8 +188,8 @@ def _circumstances(figures: Figures) -> list[str]:
         f"{machine['memory_bytes'] / 2**30:.0f} GiB of memory; {result['settings']['threads']} threads for everybody.",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".",
         f"qlazy at commit {', '.join(commits)}. {len(rounds)} rounds, {times[0]} to {times[-1]}; each contender at most "
-        f"once a round, in a process of its own. Of the processors' time, other programs took at most {others:.0%} during a run, "
-        f"and the hypervisor {stolen:.0%}.",
+        f"once a round, in a process of its own. Of the processors' time, other programs took at most {others:.0%} during a "
+        f"run, and the hypervisor {stolen:.0%}.",
     ]
     if others > QUIET_SHARE:
         busy = sum(run["others_share"] > QUIET_SHARE for run in runs)

@@ -117,7 +117,7 @@ def run_once(contender: str, inputs: Inputs, work_dir: Path, *, cold: bool) -> d
         "commit": commit(),
         "file_bytes": sum(file.stat().st_size for file in files),
     }
-    cached = cached_bytes(files) if cold else 0
+    cached = cached_bytes(files) if cold else None
     with other_work(record):
         if contender == "cat":
             start = time.perf_counter()
@@ -127,8 +127,8 @@ def run_once(contender: str, inputs: Inputs, work_dir: Path, *, cold: bool) -> d
             record |= bandwidth(work_dir)
         else:
             record |= _measure(contender, inputs, work_dir)
-    if cold:
-        record["page_cache_growth_bytes"] = cached_bytes(files) - cached
+    if cached is not None:
+        record["page_cache_growth_bytes"] = (cached_bytes(files) or 0) - cached
     return record
 
 
