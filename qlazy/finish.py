@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from qlazy.errors import IncompleteCheckpoint
@@ -11,11 +13,17 @@ from qlazy.hf import attach_quantizer
 from qlazy.match import Match
 from qlazy.place import Placer
 from qlazy.plan import Plan, block_of
-from qlazy.quant_linear import QuantLinear
 from qlazy.source import Source
 
 
-def finish(model: PreTrainedModel, plan: Plan, match: Match, placer: Placer, source: Source) -> PreTrainedModel:
+def finish(
+    model: PreTrainedModel,
+    plan: Plan,
+    match: Match,
+    placer: Placer,
+    source: Source,
+    missing_values: Iterable[tuple[str, Tensor]] = (),
+) -> PreTrainedModel:
     """Turn a filled placeholder into a model that runs.
 
     Args:
@@ -24,6 +32,7 @@ def finish(model: PreTrainedModel, plan: Plan, match: Match, placer: Placer, sou
         match: What was filled and what was missing.
         placer: The account of rows.
         source: Where it comes from, for its generation config.
+        missing_values: Name and values of what was missing; asked for only here.
     Returns:
         The same model, in evaluation mode, its weights frozen.
     Raises:
@@ -36,8 +45,10 @@ def finish(model: PreTrainedModel, plan: Plan, match: Match, placer: Placer, sou
         for target in fill.targets:
             if left := placer.rows_left(target):
                 raise IncompleteCheckpoint(f"{source.model_id}: {left} rows of {target!r} were never filled.")
-    if match.missing:
-        _initialize(model, set(match.missing))
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, values in missing_values:
+            held[name].copy_(values)
     model.tie_weights(missing_keys=_unfilled(model, match), recompute_mapping=False)
     require_storage(model, source.model_id)
     model.requires_grad_(False)
@@ -65,23 +76,6 @@ def require_storage(model: nn.Module, model_id: str) -> None:
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
         raise IncompleteCheckpoint(f"{model_id}: {len(empty)} tensors have no storage after the load: {', '.join(empty[:3])}.")
-
-
-def _initialize(model: PreTrainedModel, missing: set[str]) -> None:
-    """Let transformers initialize what no file holds, and nothing else."""
-    # It does not know low-bit layers, so one that lacks its bias shows itself as a linear layer meanwhile.
-    swapped = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantLinear)}
-    incomplete = {path: layer for path, layer in swapped.items() if f"{path}.bias" in missing}
-    for path, layer in incomplete.items():
-        stand_in = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        stand_in.register_parameter("bias", layer.bias)
-        model.set_submodule(path, stand_in)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensor._is_hf_initialized = name not in missing  # type: ignore[attr-defined]
-    with torch.no_grad():
-        model.initialize_weights()
-    for path, layer in incomplete.items():
-        model.set_submodule(path, layer)
 
 
 def _unfilled(model: PreTrainedModel, match: Match) -> set[str]:

@@ -24,7 +24,7 @@ from qlazy.finish import finish
 from qlazy.match import match_tensors
 from qlazy.memory import Meter, anonymous_bytes
 from qlazy.place import Placer
-from qlazy.placeholder import build_placeholder
+from qlazy.placeholder import build_placeholder, eager_values
 from qlazy.plan import CHUNK_BYTES, Plan, make_plan
 from qlazy.recipe import Recipe
 from qlazy.report import LoadReport, Progress
@@ -76,9 +76,8 @@ def load(
         plan = make_plan(source, recipe, budget, dtype=dtype)
         _require_one_kind(plan)
         clock.lap("plan")
-        model = build_placeholder(
-            source, getattr(torch, plan.dtype), attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
+        construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        model = build_placeholder(source, getattr(torch, plan.dtype), **construct)
         match = match_tensors(model, source, strict=strict)
         plan = swap_layers(model, plan, match, source)
         clock.lap("build")
@@ -93,7 +92,8 @@ def load(
                 if on_progress is not None:
                     on_progress(Progress(stage="read", done_bytes=done, total_bytes=total, host_bytes=anonymous_bytes()))
         clock.lap("stream")
-        model = finish(model, plan, match, placer, source)
+        missing = eager_values(source, getattr(torch, plan.dtype), match.missing, **construct)
+        model = finish(model, plan, match, placer, source, missing)
         clock.lap("finish")
     if trace is not None:
         trace.count("host memory", meter.started, meter.samples)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights, no_tie_weights
 
 from qlazy.errors import UnsupportedModel
-from qlazy.lazy import lazy_build, materialize
+from qlazy.lazy import LazyReport, lazy_build, materialize, release
+from qlazy.lazy.scan import places
 from qlazy.source import Source
 
 logger = logging.getLogger(__name__)
@@ -38,23 +41,72 @@ def build_placeholder(
 
     Memory: buffers, and a few KiB for each module.
     """
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    with no_init_weights(), no_tie_weights():
+        model, report = _construct(source, dtype, **options)
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters() if parameter.is_meta}
+    materialize(model, only=lambda name, tensor: tensor.untyped_storage()._cdata not in parameters)
+    # What a buffer draws depends on what all weights before it draw; and it may be made from weights, not initialized here.
+    buffers = {place.name: place.tensor for place in places([model]) if not place.tensor.is_meta}
+    drawn = [t.name for t in report.tensors if (t.random or t.unwritten) and t.name in buffers]
+    for name, value in eager_values(source, dtype, drawn, **options):
+        buffers[name].copy_(value)
+    _keep_in_float32(model, dtype)
+    model.eval()
+    return model
+
+
+def eager_values(
+    source: Source,
+    dtype: torch.dtype,
+    names: Iterable[str],
+    *,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """What building the model eagerly now, with no checkpoint, would give some of its tensors.
+
+    Args:
+        source: An opened local source.
+        dtype: Dtype of parameters.
+        names: Which tensors; the model is built only if there are any.
+        attn_implementation: As in transformers; None takes its choice.
+        trust_remote_code: Whether Python code from the model's folder may be run.
+    Yields:
+        Name and values. The default generator is left as it was.
+
+    Memory: one tensor, and what is needed to make it.
+    """
+    wanted = list(names)
+    if not wanted:
+        return
+    model, _ = _construct(source, dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    held = {place.name: place.tensor for place in places([model])}
+    for name in wanted:
+        yield name, materialize(held[name]).detach()
+        release(held[name])
+
+
+def _construct(
+    source: Source, dtype: torch.dtype, *, attn_implementation: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, LazyReport]:
+    """The model as its class builds it, without memory, and what was recorded. The default generator is left as it was."""
     config = load_config(source, trust_remote_code=trust_remote_code)
     cls = _model_class(source, config, trust_remote_code)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     config.name_or_path = source.resolved
     try:
-        with no_init_weights(), no_tie_weights(), lazy_build(), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), lazy_build() as build, torch.device("cpu"):
             model: PreTrainedModel = cls._from_config(config, dtype=dtype, **options)
+            # Where recording ends does not matter, as the generator goes back; a state that is known saves working it out.
+            torch.default_generator.manual_seed(0)
     except Exception as error:  # a model class as well
         raise UnsupportedModel(
             f"{source.model_id}: transformers {transformers.__version__} cannot build {cls.__name__} from its config: "
             f"{_reason(error)}",
             hint="Look at config.json and at the options that were given.",
         ) from error
-    _materialize_buffers(model)
-    _keep_in_float32(model, dtype)
-    model.eval()
-    return model
+    return model, build.report(model)
 
 
 def load_config(source: Source, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -111,12 +163,6 @@ def _model_class(source: Source, config: PretrainedConfig, trust_remote_code: bo
         f"{source.model_id}: transformers {transformers.__version__} has no architecture {wanted}.",
         hint="Update transformers, or pass trust_remote_code=True if the model brings code that you trust.",
     )
-
-
-def _materialize_buffers(model: PreTrainedModel) -> None:
-    """Give everything but parameters its values: no file needs to hold them."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters() if parameter.is_meta}
-    materialize(model, only=lambda name, tensor: tensor.untyped_storage()._cdata not in parameters)
 
 
 def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:

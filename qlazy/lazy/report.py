@@ -12,6 +12,7 @@ from qlazy.lazy.journal import Tally
 from qlazy.lazy.log import is_meant_for_meta, record_of
 from qlazy.lazy.replay import plain, slice_of
 from qlazy.lazy.scan import places
+from qlazy.lazy.schema import UNWRITTEN
 
 State = Literal["lazy", "real", "meta", "edited"]
 _MEANING: dict[State, str] = {
@@ -38,6 +39,10 @@ class TensorReport:
     """Bytes of its elements."""
     ops: int
     """Operations that are run for its values."""
+    random: bool
+    """Whether one of them draws from a generator."""
+    unwritten: bool
+    """Whether they start from memory of which something may never be written, such as `torch.empty` gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +130,7 @@ def make_report(tally: Tally, module: nn.Module | None) -> LazyReport:
 
 def _tensor_report(name: str, tensor: Tensor) -> TensorReport:
     record = record_of(tensor)
+    ops = [] if record is None else slice_of([record.version])
     state: State = "lazy"
     if record is None:
         state = "real" if not tensor.is_meta else "meta" if is_meant_for_meta(tensor) else "edited"
@@ -134,5 +140,7 @@ def _tensor_report(name: str, tensor: Tensor) -> TensorReport:
         dtype=str(tensor.dtype).removeprefix("torch."),
         state=state,
         nbytes=tensor.numel() * tensor.element_size(),
-        ops=0 if record is None else len(slice_of([record.version])),
+        ops=len(ops),
+        random=any(op.position is not None for op in ops),
+        unwritten=any(op.func in UNWRITTEN for op in ops),
     )

@@ -21,6 +21,11 @@ OVERWRITES = {
 """They leave nothing of what was in their first argument, and do not look at it."""
 FILLS = OVERWRITES - {aten.copy_.default, aten.fill_.Tensor}
 """Of these also: no other tensor is involved, so that nothing has to run on meta."""
+UNWRITTEN = {
+    aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
+    aten.new_empty_strided.default,
+}  # fmt: skip
+"""Their results hold whatever was in memory."""
 _REPOINTS = {
     aten.set_.source_Storage, aten.set_.source_Storage_storage_offset, aten.set_.source_Tensor,
     aten.set_.source_Tensor_storage_offset, aten.set_.default,
