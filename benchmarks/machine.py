@@ -95,7 +95,7 @@ def drop(files: list[Path]) -> None:
 
 
 def cached_bytes(files: list[Path]) -> int | None:
-    """Bytes of files that are in the page cache, as `fincore` of util-linux counts them; None where there is no such program."""
+    """Bytes of files that are in the page cache, as `fincore` of util-linux counts them; None without that program."""
     if shutil.which("fincore") is None:
         return None
     done = subprocess.run(["fincore", "-b", "-n", "-o", "RES", *map(str, files)], capture_output=True, text=True, check=True)
