@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from qlazy.api import load_quantized, plan
     from qlazy.errors import QlazyError
     from qlazy.hf import QlazyConfig
+    from qlazy.lazy import lazy_build, materialize
 
 __version__ = "0.1.0"
 
-__all__ = ["QlazyConfig", "QlazyError", "__version__", "load_quantized", "plan"]
+__all__ = ["QlazyConfig", "QlazyError", "__version__", "lazy_build", "load_quantized", "materialize", "plan"]
 
 _HOMES = {
     "QlazyConfig": "qlazy.hf",
     "QlazyError": "qlazy.errors",
+    "lazy_build": "qlazy.lazy",
     "load_quantized": "qlazy.api",
+    "materialize": "qlazy.lazy",
     "plan": "qlazy.api",
 }
 

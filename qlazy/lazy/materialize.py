@@ -108,11 +108,7 @@ def _materialize_group(group: _Group, device: torch.device | str | None, dtype: 
     record = group.record
     for place in group.places:
         if record.is_edited(place.tensor):
-            raise UsageError(
-                f"{place.name} {list(place.tensor.shape)} was written to after lazy_build() had ended, while it had no memory: "
-                "what was written is lost.",
-                hint="Write to it inside lazy_build(), which can be entered again, or materialize first.",
-            )
+            raise edited(f"{place.name} {list(place.tensor.shape)}")
     tensors = {id(place.tensor): place.tensor for place in group.places}
     if record.real is None:
         storage = replay([record.version])[record.slot]
@@ -132,6 +128,20 @@ def _materialize_group(group: _Group, device: torch.device | str | None, dtype: 
                     hint="Detach it from what was computed with it, or keep it in an attribute, a list or a dict.",
                 )
         group.result = result
+
+
+def edited(what: str) -> UsageError:
+    """The error for a tensor that was written to when no recorder was open.
+
+    Args:
+        what: Which tensor.
+    Returns:
+        An error to raise.
+    """
+    return UsageError(
+        f"{what} was written to after lazy_build() had ended, while it had no memory: what was written is lost.",
+        hint="Write to it inside lazy_build(), which can be entered again, or materialize first.",
+    )
 
 
 def _converted(

@@ -11,7 +11,7 @@ import pytest
 
 import qlazy
 
-PUBLIC = ["QlazyConfig", "QlazyError", "__version__", "load_quantized", "plan"]
+PUBLIC = ["QlazyConfig", "QlazyError", "__version__", "lazy_build", "load_quantized", "materialize", "plan"]
 
 
 def test_public_names_are_frozen():
