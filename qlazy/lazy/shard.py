@@ -26,7 +26,7 @@ _EACH_ALONE = {
     aten.div_.Tensor, aten.div_.Scalar, aten.neg_.default, aten.abs_.default, aten.clamp_.default, aten.clamp_min_.default,
     aten.clamp_max_.default,
 }  # fmt: skip
-"""Each element alone decides what becomes of it, to the last bit, wherever it lies. Not so `erfinv_`: vectors round otherwise."""
+"""Each element alone decides what becomes of it, to the last bit, wherever it lies. Not `erfinv_`: vectors round otherwise."""
 _Make = Callable[[int, int], Tensor]
 
 
