@@ -52,6 +52,14 @@ _NEEDED: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config.rope_theta": 10000.0},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "gemma3n": {"text_config.num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0},
+    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "downsample_rate": "4/8"},
+    "hiera": {"decoder_hidden_size": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 16},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
 }
 """What a constructor asks for and default configs do not say."""
@@ -98,8 +106,14 @@ def shrink(config: PreTrainedConfig, factor: int) -> PreTrainedConfig:
                 elif isinstance(inner, int) and not isinstance(inner, bool) and isinstance(key, str):
                     value[key] = _small(key, inner, factor)
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
-    if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads and "head_dim" not in values:
-        _set(config, "num_attention_heads", math.gcd(hidden, heads))
+    if isinstance(hidden, int) and isinstance(heads, int):
+        if hidden % heads and "head_dim" not in values:
+            _set(config, "num_attention_heads", math.gcd(hidden, heads))
+        for name, value in {"head_dim": hidden // heads, "num_key_value_heads": heads}.items():
+            if values.get(name, value) is None:
+                _set(config, name, value)
+    if values.get("vocab_size", 0) is None:
+        _set(config, "vocab_size", VOCABULARY)
     return config
 
 
@@ -122,7 +136,7 @@ def _small(name: str, value: int, factor: int) -> int:
         return min(value, POSITIONS)
     if _LAYERS.search(name):
         return min(value, LAYERS)
-    if _WIDTH.search(name) and not _NO_WIDTH.search(name) and value % factor == 0 and value // factor >= 2:
+    if _WIDTH.search(name) and not _NO_WIDTH.search(name) and value % factor == 0:
         return value // factor
     return value
 

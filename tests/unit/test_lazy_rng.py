@@ -108,6 +108,10 @@ def test_draw_of_aten_calls(func, args, kwargs, expected):
     result = func(*args, **kwargs)
     draw = draw_of(func, args, kwargs, result)
     assert (draw.kind, draw.numel, draw.params) == expected and draw.dtype == result.dtype
+    if not random_access(draw):
+        # PyTorch hands these to a library that draws in its own way, on some processors.
+        assert draw.kind in ("bernoulli", "exponential")
+        return
     # The same call for real draws what the model says.
     real = [torch.empty_like(a, device="cpu") if isinstance(a, torch.Tensor) else a for a in args]
     with torch.random.fork_rng(devices=[]):
