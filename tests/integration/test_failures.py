@@ -214,7 +214,9 @@ def test_missing_is_initialized_by_transformers_where_not_strict(copied, rewrite
         assert torch.equal(made, torch.ones_like(made))
     else:
         assert 0.01 < made.float().std() < 0.03 and not torch.equal(made, original[key])
-    others = {name: tensor for name, tensor in original.items() if name != key and not name.endswith("_proj.weight")}
+    quantized = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+    others = {name: tensor for name, tensor in original.items() if name not in {key, *quantized}}
+    assert ("lm_head.weight" in quantized) == (key != HEAD) and len(others) >= 5
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in others.items())
     assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
     assert model.qlazy_report.device_bytes["cpu"] == model.qlazy_report.plan.weight_bytes
