@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,14 +37,23 @@ _LOOK = 1 << 30
 """Bytes of a file whose pages are looked at in one go."""
 
 
-def make_ring(slots: int, slot_bytes: int) -> list[Tensor]:
+class Slot(NamedTuple):
+    """A buffer to read into, on a page boundary and with the margin."""
+
+    data: Tensor
+    """uint8."""
+    view: memoryview
+    """The same bytes."""
+
+
+def make_ring(slots: int, slot_bytes: int) -> list[Slot]:
     """Buffers to read into, on page boundaries and on huge pages where there are some.
 
     Args:
         slots: How many.
         slot_bytes: Bytes that each must take, without the margin.
     Returns:
-        uint8 tensors. The memory goes back to the kernel with the last of them.
+        The slots. The memory goes back to the kernel with the last of them.
 
     Memory: `slots` times `slot_bytes`, up to whole pages, with the margin.
     """
@@ -52,8 +62,8 @@ def make_ring(slots: int, slot_bytes: int) -> list[Tensor]:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             ring.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(ring, dtype=torch.uint8)
-    return [whole[slot * room : (slot + 1) * room] for slot in range(slots)]
+    data, view = torch.frombuffer(ring, dtype=torch.uint8), memoryview(ring)
+    return [Slot(data[start : start + room], view[start : start + room]) for start in range(0, slots * room, room)]
 
 
 class Files:
@@ -70,14 +80,14 @@ class Files:
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
 
-    def read(self, tensors: Sequence[TensorInfo], begin: int, nbytes: int, slot: Tensor) -> Tensor:
+    def read(self, tensors: Sequence[TensorInfo], begin: int, nbytes: int, slot: Slot) -> Tensor:
         """Read neighbouring bytes of a file. Safe to call from several threads.
 
         Args:
             tensors: What they are, all of one file, in its order.
             begin: Of the bytes in the file.
             nbytes: How many.
-            slot: uint8, a buffer on a page boundary with the margin.
+            slot: Where to; it has room for them.
         Returns:
             uint8 (nbytes,), a view of `slot`.
         Raises:
@@ -85,8 +95,7 @@ class Files:
         """
         began = time.perf_counter()
         file = self._open(tensors[0])
-        head = begin % PAGE
-        view = memoryview(slot.numpy().data)
+        head, view = begin % PAGE, slot.view
         done = 0
         try:
             while done < nbytes:
@@ -107,7 +116,7 @@ class Files:
             ) from error
         if self._trace is not None:
             self._trace.add("read", began, file=file.path.name, offset=begin, bytes=nbytes)
-        return slot[head : head + nbytes]
+        return slot.data[head : head + nbytes]
 
     def close(self) -> None:
         """Close all files."""
@@ -127,7 +136,7 @@ class Files:
     def _cut_short(self, tensors: Sequence[TensorInfo], size: int) -> IncompleteCheckpoint:
         info = _at(tensors, size)
         return IncompleteCheckpoint(
-            f"{info.path.name}: tensor {info.name!r} ends at byte {info.offset + info.nbytes:,}, but the file has {size:,}.",
+            f"{info.path.name}: tensor {info.name!r} ends at byte {info.end:,}, but the file has {size:,}.",
             hint="The file changed while it was read, or the download is cut short; download it again.",
         )
 
@@ -142,24 +151,24 @@ class _File:
         self.path = path
         self._direct: int | None = None
         self._refused = False
+        self._to_drop: list[tuple[int, int]] = []
         try:
             self._cached = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise IncompleteCheckpoint(f"{path}: cannot be opened: {error.strerror}.") from error
-        # A bit for each page of the file, True where the cache holds it now; empty = take all for held.
-        self._held = np.empty(0, dtype=np.uint8)
+        self._all_held = True  # or taken for it
         if not drop:
             return
         # Without it the kernel reads ahead, and pages of others would come in.
         os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_RANDOM)
-        self._held = _held_pages(self._cached)
+        self._held, self._all_held = _held_pages(self._cached)
         if hasattr(os, "O_DIRECT"):
             with contextlib.suppress(OSError):
                 self._direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
 
     def absent(self, begin: int, nbytes: int) -> list[tuple[int, int]]:
         """Runs of pages, as (start, bytes), that the cache did not hold at the start, among those that these bytes lie on."""
-        if not len(self._held):
+        if self._all_held:
             return []
         start, size = _pages(begin, nbytes)
         first, last = start // PAGE, (start + size) // PAGE
@@ -190,9 +199,13 @@ class _File:
         got = os.preadv(self._cached, [into[:nbytes]], begin)
         for start, length in absent:
             os.posix_fadvise(self._cached, start, length, os.POSIX_FADV_DONTNEED)
+        self._to_drop += absent
         return got
 
     def close(self) -> None:
+        # Dropped once more: what other threads had in hand just then stayed.
+        for start, length in self._to_drop:
+            os.posix_fadvise(self._cached, start, length, os.POSIX_FADV_DONTNEED)
         for descriptor in (self._cached, self._direct):
             if descriptor is not None:
                 os.close(descriptor)
@@ -206,17 +219,17 @@ def _pages(begin: int, nbytes: int) -> tuple[int, int]:
 
 def _at(tensors: Sequence[TensorInfo], position: int) -> TensorInfo:
     """The tensor that holds a byte of the file, or the next one."""
-    return next((info for info in tensors if info.offset + info.nbytes > position), tensors[-1])
+    return next((info for info in tensors if info.end > position), tensors[-1])
 
 
-def _held_pages(descriptor: int) -> np.ndarray:
-    """A bit for each page of a file, 1 where the page cache holds it.
+def _held_pages(descriptor: int) -> tuple[np.ndarray, bool]:
+    """A bit for each page of a file, 1 where the page cache holds it; and whether it holds them all.
 
-    By `mincore`, which looks and touches nothing; a read that only takes what is cached would start to fetch the rest. Empty
-    where the kernel does not tell: then everything counts as held, so that nothing of others is dropped.
+    By `mincore`, which looks and touches nothing; a read that only takes what is cached would start to fetch the rest. Where
+    the kernel does not tell, everything counts as held, so that nothing of others is dropped.
     """
     size = os.fstat(descriptor).st_size
-    found = []
+    found, all_held, unknown = [], True, (np.empty(0, dtype=np.uint8), True)
     try:
         for start in range(0, size, _LOOK):
             length = min(_LOOK, size - start)
@@ -228,8 +241,10 @@ def _held_pages(descriptor: int) -> np.ndarray:
                 )
                 del pages  # the map cannot be closed while something looks at it
             if failed:
-                return np.empty(0, dtype=np.uint8)
-            found.append(np.packbits(held & 1))
+                return unknown
+            held &= 1
+            all_held = all_held and bool(held.all())
+            found.append(np.packbits(held))
     except (OSError, ValueError, AttributeError):
-        return np.empty(0, dtype=np.uint8)
-    return np.concatenate(found) if found else np.empty(0, dtype=np.uint8)
+        return unknown
+    return (np.concatenate(found), all_held) if found else unknown

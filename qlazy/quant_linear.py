@@ -63,7 +63,7 @@ class QuantLinear(nn.Module):
         for key, stored in self.storage.items():
             self.register_buffer(key, torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta"))
         self.register_parameter("bias", bias)
-        self._rows_filled = 0
+        self._rows_filled = [0]  # in a list, as a module's own attributes are slow to set
         self._lock = threading.Lock()
 
     def allocate(self, device: torch.device | str) -> None:
@@ -76,7 +76,7 @@ class QuantLinear(nn.Module):
         """
         for key, stored in self.storage.items():
             setattr(self, key, allocate(stored.shape, getattr(torch, stored.dtype), device))
-        self._rows_filled = 0
+        self._rows_filled[0] = 0
 
     def fill_rows(self, start: int, weight: Tensor) -> bool:
         """Quantize rows of the weight into their place. Safe to call from several threads for different rows.
@@ -208,8 +208,8 @@ class QuantLinear(nn.Module):
     def _filled(self, rows: int) -> bool:
         """Count rows; True for the call that completes the layer."""
         with self._lock:
-            self._rows_filled += rows
-            return self._rows_filled == self.out_features
+            self._rows_filled[0] += rows
+            return self._rows_filled[0] == self.out_features
 
     def __getstate__(self) -> dict[str, Any]:
         """A layer can be pickled and copied; its lock is made anew."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     file_size = path.stat().st_size
     with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            # Else the kernel reads ahead, megabytes of weights that nobody has asked for.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         prefix = file.read(8)
         length = header_nbytes(prefix, file=path.name, file_size=file_size)
         return parse_header(prefix + file.read(length - 8), file=path.name, file_size=file_size, path=path)

@@ -8,6 +8,7 @@ largest tensor is. Tensors that must be converted as a whole are read one group 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qlazy.errors import CorruptCheckpoint
-from qlazy.files import MARGIN, Files, make_ring
+from qlazy.files import MARGIN, Files, Slot, make_ring
 from qlazy.fill import Fill, row_count
 from qlazy.memory import trim_heap
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
@@ -50,12 +51,12 @@ class Chunk:
     stop: int = 0
     """One past the last."""
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes that are read for it."""
         return self.fill.nbytes if self.fill.convert else self._per_row * (self.stop - self.start)
 
-    @property
+    @functools.cached_property
     def begin(self) -> int:
         """Where they begin in the file; of a group those of its first tensor."""
         return self.fill.sources[0].offset + self._per_row * self.start
@@ -144,13 +145,14 @@ class Stream:
             self._stop.set()
             raise
 
-    def _run(self, chunks: tuple[Chunk, ...], slot: Tensor) -> None:
+    def _run(self, chunks: tuple[Chunk, ...], slot: Slot) -> None:
         if chunks[0].fill.convert is None:
             begin, end = chunks[0].begin, chunks[-1].begin + chunks[-1].nbytes
-            data = self._files.read([chunk.fill.sources[0] for chunk in chunks], begin, end - begin, slot)
-            for chunk in chunks:
-                part = data[chunk.begin - begin :][: chunk.nbytes]
-                self.place(chunk, [decode(part, chunk.fill.sources[0], chunk.stop - chunk.start)])
+            infos = [chunk.fill.sources[0] for chunk in chunks]
+            data = self._files.read(infos, begin, end - begin, slot)
+            for chunk, info in zip(chunks, infos, strict=True):
+                part = data[chunk.begin - begin : chunk.begin - begin + chunk.nbytes]
+                self.place(chunk, [decode(part, info, chunk.stop - chunk.start)])
         else:
             with self._whole:
                 self.place(chunks[0], [self._read_whole(info) for info in chunks[0].fill.sources])
@@ -177,7 +179,7 @@ def slot_bytes(fills: tuple[Fill, ...], workers: int, chunk_bytes: int = CHUNK_B
 
 
 def worker_count(fills: tuple[Fill, ...]) -> int:
-    """Workers that the ring has room for: one more than there are processors, so that one can read while all others compute.
+    """Workers that the ring has room for: two more than there are processors, so that two can read while all others compute.
 
     Args:
         fills: What will be read.
@@ -186,7 +188,7 @@ def worker_count(fills: tuple[Fill, ...]) -> int:
     """
     widest = max((_stripe(fill) for fill in fills if fill.convert is None), default=1)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(processors + 1, 16, RING_BYTES // max(1, widest)))
+    return max(2, min(processors + 2, 16, RING_BYTES // max(1, widest)))
 
 
 def plan_chunks(fills: tuple[Fill, ...], limit: int) -> Iterator[Chunk]:
@@ -263,10 +265,10 @@ def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
 
 def _adjoins(run: list[Chunk], chunk: Chunk, limit: int) -> bool:
     """Whether a chunk follows closely on a run of them, and all fit in one read."""
-    first, last = run[0], run[-1]
-    gap = chunk.begin - last.begin - last.nbytes
-    same_file = first.fill.sources[0].path == chunk.fill.sources[0].path
-    return same_file and 0 <= gap <= GAP_BYTES and chunk.begin + chunk.nbytes - first.begin <= limit
+    last = run[-1]
+    if chunk.begin + chunk.nbytes - run[0].begin > limit or not 0 <= chunk.begin - last.begin - last.nbytes <= GAP_BYTES:
+        return False
+    return last.fill.sources[0].path == chunk.fill.sources[0].path
 
 
 def _row_cost(info: TensorInfo) -> int:

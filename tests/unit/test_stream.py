@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import mmap
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,7 @@ from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.fill import Fill, row_count
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.source import TensorInfo
-from qlazy.stream import Chunk, Stream, decode, plan_chunks, slot_bytes, worker_count
+from qlazy.stream import GAP_BYTES, Chunk, Stream, decode, merge, plan_chunks, slot_bytes, worker_count
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8"}
 
@@ -313,6 +317,143 @@ def test_pages_that_the_read_brought_in_are_given_back(folder, cold):
     assert cached_pages(cold) <= 2 * chunks
 
 
+def test_what_is_not_cached_is_read_past_the_cache(folder, cold, monkeypatch):
+    past, through = [], []
+    monkeypatch.setattr(files._File, "read_past_cache", noting(files._File.read_past_cache, past))
+    monkeypatch.setattr(files._File, "read_cached", noting(files._File.read_cached, through))
+    made, _ = collect(folder.fills, 2)
+    assert torch.equal(made["matrix"], folder.values["matrix"])
+    if not past[0]:
+        pytest.skip("this file system takes no reads past the page cache")
+    assert sum(past) == folder.fills[0].nbytes and through == [], "every byte once"
+    assert cached_pages(cold) == 0
+
+
+def test_what_is_cached_is_read_from_there(folder, monkeypatch):
+    past: list[int] = []
+    monkeypatch.setattr(files._File, "read_past_cache", noting(files._File.read_past_cache, past))
+    some_tensors(folder)
+    collect(folder.fills, 2)
+    assert past == []
+
+
+@pytest.mark.parametrize("at", ["open", "read"])
+def test_a_file_system_that_refuses_is_read_through_the_cache(folder, cold, at, monkeypatch):
+    direct = set()
+    real_open, real_preadv = os.open, os.preadv
+
+    def refusing_open(path, flags, *rest):
+        if flags & os.O_DIRECT and at == "open":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        descriptor = real_open(path, flags, *rest)
+        if flags & os.O_DIRECT:
+            direct.add(descriptor)
+        return descriptor
+
+    def refusing_preadv(descriptor, buffers, offset):
+        if descriptor in direct:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "open", refusing_open)
+    monkeypatch.setattr(os, "preadv", refusing_preadv)
+    through: list[int] = []
+    monkeypatch.setattr(files._File, "read_cached", noting(files._File.read_cached, through))
+    made, _ = collect(folder.fills, 3)
+    assert torch.equal(made["matrix"], folder.values["matrix"])
+    assert sum(through) == folder.fills[0].nbytes
+    assert cached_pages(cold) <= 2, "given back at the end, whatever was in hand meanwhile"
+
+
+def test_on_tmpfs():
+    """It holds all in memory, and some kernels refuse to read past that."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("needs /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        folder = Folder(Path(path))
+        some_tensors(folder)
+        made, _ = collect(folder.fills, 2)
+    assert all(torch.equal(made[name], value) for name, value in folder.values.items())
+
+
+def noting(read, results):
+    """A method that notes what it returns."""
+
+    def noted(*args):
+        results.append(read(*args))
+        return results[-1]
+
+    return noted
+
+
+@pytest.mark.parametrize("begin", [0, 1, 4095, 4096, 5000])
+@pytest.mark.parametrize("drop_page_cache", [True, False])
+def test_any_bytes_of_a_file(tmp_path, begin, drop_page_cache, monkeypatch):
+    """A tensor may begin and end anywhere, on no multiple of its element or of a page, in more than one piece."""
+    monkeypatch.setattr(files, "_PIECE", 4 * PAGE)
+    data = torch.randint(0, 256, (100_003,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "x.bin"
+    path.write_bytes(data.numpy().tobytes())
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    for end in (begin + 2, begin + 4095, begin + 60_000, len(data) - 1, len(data)):
+        info = TensorInfo(name="x", shape=(end - begin,), dtype="uint8", path=path, offset=begin, nbytes=end - begin)
+        reader = files.Files(drop_page_cache)
+        (slot,) = files.make_ring(1, end - begin)
+        assert torch.equal(reader.read([info], begin, end - begin, slot), data[begin:end])
+        longer = replace(info, nbytes=len(data) + 1 - begin)
+        (slot,) = files.make_ring(1, longer.nbytes)
+        with pytest.raises(IncompleteCheckpoint, match=f"the file has {len(data):,}"):
+            reader.read([longer], begin, longer.nbytes, slot)
+        reader.close()
+
+
+def test_a_tensor_on_no_multiple_of_its_element(folder):
+    folder.add("odd", torch.arange(5, dtype=torch.uint8))
+    folder.add("after", torch.randn(64, 16))
+    folder.add("last", torch.arange(9))
+    assert folder.fills[1].sources[0].offset % 4 and folder.fills[2].sources[0].offset % 8
+    made, _ = collect(folder.fills, 2)
+    assert all(torch.equal(made[name], value) for name, value in folder.values.items())
+
+
+def test_small_neighbours_are_read_at_once(folder, monkeypatch):
+    for number in range(40):
+        folder.add(f"norm {number}", torch.full((256,), float(number)))
+    folder.add("matrix", torch.ones(640, 256))
+    folder.add("elsewhere", torch.ones(256), file="b.bin")
+    reads = []
+    monkeypatch.setattr(files.Files, "read", noting(files.Files.read, reads))
+    made, _ = collect(folder.fills, 2)
+    assert all(torch.equal(made[name], value) for name, value in folder.values.items())
+    assert len(reads) == 2, "one a file: all of it fits in a slot"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(0, 5000), st.sampled_from([0, 8, GAP_BYTES, GAP_BYTES + 1]), st.booleans()), max_size=12
+    ),
+    limit=st.integers(1, 20_000),
+)
+def test_reads_hold_every_chunk_once_in_order_and_no_more_than_fits(sizes, limit):
+    fills, offset = [], 0
+    for number, (count, gap, other) in enumerate(sizes):
+        info = TensorInfo(
+            name=str(number), shape=(count,), dtype="uint8", path=Path("b" if other else "a"), offset=offset, nbytes=count
+        )
+        fills.append(Fill(sources=(info,), targets=(str(number),)))
+        offset += count + gap
+    chunks = list(plan_chunks(tuple(fills), limit))
+    reads = list(merge(iter(chunks), limit))
+    assert [chunk for read in reads for chunk in read] == chunks
+    for read in reads:
+        assert read[-1].begin + read[-1].nbytes - read[0].begin <= max(limit, read[0].nbytes)
+        assert len({chunk.fill.sources[0].path for chunk in read}) == 1
+        assert all(0 <= b.begin - a.begin - a.nbytes <= GAP_BYTES for a, b in itertools.pairwise(read))
+
+
 def test_pages_stay_where_that_is_not_asked_for(folder, cold):
     collect(folder.fills, 2, drop_page_cache=False)
     assert cached_pages(cold) >= cold.stat().st_size // PAGE
@@ -333,7 +474,7 @@ def test_pages_that_were_there_before_stay(folder, cold):
 
 def test_a_system_that_does_not_tell_what_is_cached_reads_all_the_same(folder, monkeypatch):
     some_tensors(folder)
-    monkeypatch.setattr(files, "_held_pages", lambda _: np.empty(0, dtype=np.uint8))
+    monkeypatch.setattr(files, "_held_pages", lambda _: (np.empty(0, dtype=np.uint8), True))
     made, _ = collect(folder.fills, 2)
     assert all(torch.equal(made[name], value) for name, value in folder.values.items())
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
