@@ -109,6 +109,7 @@ def load_quantized(
     trust_remote_code: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     trace: str | os.PathLike[str] | None = None,
+    random_init: bool = False,
 ) -> PreTrainedModel:
     """Load a model with its linear layers in 4 or 8 bits, never holding more than that and a small ring.
 
@@ -140,6 +141,8 @@ def load_quantized(
         trust_remote_code: Run Python code that lies in a local folder; none is downloaded.
         on_progress: Called a few times a second with a `Progress`.
         trace: File to write a trace of the load to, for ui.perfetto.dev or chrome://tracing.
+        random_init: Read no weights: `model_id` is a folder with a `config.json`, and the values are those that building the
+            model under the same seed gives, drawn piece by piece straight into packed storage.
     Returns:
         The model in evaluation mode, a `transformers.PreTrainedModel`, with its `LoadReport` as `qlazy_report`.
     Raises:
@@ -168,14 +171,19 @@ def load_quantized(
 
     taken = None if trace is None else Trace(trace)
     with span(taken, "resolve"):
-        source = open_source(
-            model_id,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            on_progress=downloading,
-        )
+        if random_init:
+            from qlazy.random_init import open_config
+
+            source = open_config(os.fspath(model_id))
+        else:
+            source = open_source(
+                model_id,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                on_progress=downloading,
+            )
     model = load(
         source,
         recipe,
@@ -187,6 +195,7 @@ def load_quantized(
         trust_remote_code=trust_remote_code,
         on_progress=on_progress,
         trace=taken,
+        random_init=random_init,
     )
     if taken is not None:
         taken.write()

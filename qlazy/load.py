@@ -26,6 +26,8 @@ from qlazy.memory import Meter, anonymous_bytes
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder, eager_values
 from qlazy.plan import CHUNK_BYTES, Plan, make_plan
+from qlazy.plan_entries import resolve_dtype
+from qlazy.random_init import Drawn, build_reference, match_drawn, with_tensors
 from qlazy.recipe import Recipe
 from qlazy.report import LoadReport, Progress
 from qlazy.source import Source
@@ -46,6 +48,7 @@ def load(
     trust_remote_code: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     trace: Trace | None = None,
+    random_init: bool = False,
 ) -> PreTrainedModel:
     """Load an opened source. `qlazy.load_quantized` is this with the options spelled out, and documents them.
 
@@ -60,6 +63,7 @@ def load(
         trust_remote_code: Run Python code from the model's folder.
         on_progress: Called a few times a second.
         trace: Takes stages, reads and placements, and the meter's samples; the caller writes it.
+        random_init: Read no weights: the values are those that building the model gives.
     Returns:
         The model in evaluation mode, with its `LoadReport` as `qlazy_report`.
     Raises:
@@ -73,19 +77,28 @@ def load(
     for device in (d for d in budget.devices if d != "cpu"):
         torch.cuda.reset_peak_memory_stats(device)
     with Meter() as meter:
+        construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        reference = None
+        if random_init:
+            reference = build_reference(source, getattr(torch, resolve_dtype(source, dtype, budget)), **construct)
+            source = with_tensors(source, reference)
         plan = make_plan(source, recipe, budget, dtype=dtype)
         _require_one_kind(plan)
         clock.lap("plan")
-        construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         model = build_placeholder(source, getattr(torch, plan.dtype), **construct)
-        match = match_tensors(model, source, strict=strict)
+        match = match_tensors(model, source, strict=strict) if reference is None else match_drawn(model, source, reference)
         plan = swap_layers(model, plan, match, source)
         clock.lap("build")
         placer = Placer(model, plan)
         place = placer.place if trace is None else trace.placing(placer.place, plan)
         on_host = {tensor.device for tensor in plan.tensors} <= {"cpu"}
         chunk_bytes = CACHED_BYTES if on_host else CHUNK_BYTES
-        with Stream(match.fills, place, worker_count(match.fills), drop_page_cache, trace, chunk_bytes) as stream:
+        workers = worker_count(match.fills)
+        with (
+            Stream(match.fills, place, workers, drop_page_cache, trace, chunk_bytes)
+            if reference is None
+            else Drawn(reference, match.fills, place, chunk_bytes)
+        ) as stream:
             meter.watch(lambda: stream.bytes_done)
             total = sum(fill.nbytes for fill in match.fills)
             for done in stream:

@@ -43,7 +43,7 @@ def build_placeholder(
     """
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     with no_init_weights(), no_tie_weights():
-        model, report = _construct(source, dtype, **options)
+        model, report = construct(source, dtype, **options)
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters() if parameter.is_meta}
     materialize(model, only=lambda name, tensor: tensor.untyped_storage()._cdata not in parameters)
     # What a buffer draws depends on what all weights before it draw; and it may be made from weights, not initialized here.
@@ -80,17 +80,30 @@ def eager_values(
     wanted = list(names)
     if not wanted:
         return
-    model, _ = _construct(source, dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    model, _ = construct(source, dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     held = {place.name: place.tensor for place in places([model])}
     for name in wanted:
         yield name, materialize(held[name]).detach()
         release(held[name])
 
 
-def _construct(
+def construct(
     source: Source, dtype: torch.dtype, *, attn_implementation: str | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, LazyReport]:
-    """The model as its class builds it, without memory, and what was recorded. The default generator is left as it was."""
+    """The model as its class builds it, without memory, and what was recorded. The default generator is left as it was.
+
+    Args:
+        source: An opened local source.
+        dtype: Dtype of parameters.
+        attn_implementation: As in transformers; None takes its choice.
+        trust_remote_code: Whether Python code from the model's folder may be run.
+    Returns:
+        The model, and the report of the build.
+    Raises:
+        UnsupportedModel: transformers has no such architecture or cannot build it from this config.
+
+    Memory: about 1 KiB for each operation.
+    """
     config = load_config(source, trust_remote_code=trust_remote_code)
     cls = _model_class(source, config, trust_remote_code)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}

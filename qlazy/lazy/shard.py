@@ -148,3 +148,22 @@ def _then(ops: list[Op], values: Tensor) -> Tensor:
         args, kwargs = map_leaves(lambda leaf: values if isinstance(leaf, Ref) else leaf, (op.args, op.kwargs))
         op.func(*args, **kwargs)
     return values
+
+
+def materialize_rows(tensor: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """The values of a recorded tensor, some rows at a time, in order; it stays as it is.
+
+    Args:
+        tensor: A tensor built under `lazy_build`, of at least one dimension; the others are one row.
+        rows: How many at a time.
+    Yields:
+        The first row's number, and the rows.
+
+    Memory: some rows, where `materialize_shard` can make a part; the whole tensor otherwise.
+    """
+    with plain():
+        record = record_of(tensor)
+        cuttable = record is not None and record.real is None and _maker(record, tensor) is not None
+        whole = tensor if cuttable else materialize_shard(tensor)
+    for start in range(0, tensor.shape[0], rows):
+        yield start, materialize_shard(whole, slice(start, start + rows)) if cuttable else whole[start : start + rows]

@@ -1,0 +1,181 @@
+"""Fill a placeholder with the values that building the model eagerly would give, straight into packed storage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlazy.errors import ModelNotFound
+from qlazy.fill import Fill, row_count, straight_fill
+from qlazy.lazy.shard import materialize_rows, materialize_shard
+from qlazy.match import Match
+from qlazy.placeholder import construct
+from qlazy.source import Source, TensorInfo
+from qlazy.stream import Chunk
+
+
+def open_config(model_id: str) -> Source:
+    """A source of which only the config is used.
+
+    Args:
+        model_id: A folder with a `config.json`.
+    Returns:
+        A source without tensors; `with_tensors` adds them.
+    Raises:
+        ModelNotFound: there is no such folder, or no config in it.
+    """
+    folder = Path(model_id).expanduser().absolute()
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(
+            f"{model_id}: random initialization needs a folder with a config.json.", hint="Download the config, or write one."
+        )
+    config = json.loads((folder / "config.json").read_bytes())
+    return Source(
+        model_id=model_id,
+        resolved=str(folder),
+        revision=None,
+        kind="safetensors",
+        folder=folder,
+        gguf_file=None,
+        config=config,
+        tensors={},
+    )
+
+
+class Drawn:
+    """In the place of `Stream`: makes rows and hands them on, in the order in which the generator drew them.
+
+    Args:
+        reference: The model as it is built eagerly, without memory.
+        fills: What becomes of what.
+        place: Called with every piece.
+        chunk_bytes: Size of the pieces.
+
+    Memory: one piece; a whole tensor where its operations cannot be cut.
+    """
+
+    def __init__(
+        self, reference: nn.Module, fills: tuple[Fill, ...], place: Callable[[Chunk, list[Tensor]], None], chunk_bytes: int
+    ) -> None:
+        self._tensors: dict[str, Tensor] = dict(reference.named_parameters()) | dict(reference.named_buffers())
+        self._fills = fills
+        self._place = place
+        self._chunk_bytes = chunk_bytes
+        self.bytes_done = 0
+
+    def __enter__(self) -> Drawn:
+        """As a stream is entered."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Nothing to close."""
+        self._tensors.clear()
+
+    def __iter__(self) -> Iterator[int]:
+        """Do all the work; yields the bytes done so far after each piece."""
+        for fill in self._fills:
+            (name,) = fill.targets
+            for chunk, values in self._pieces(fill, self._tensors[name].detach()):
+                self._place(chunk, [values])
+                self.bytes_done += values.nbytes
+                yield self.bytes_done
+
+    def _pieces(self, fill: Fill, tensor: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
+        rows = row_count(tuple(tensor.shape))
+        if fill.convert is not None or tensor.dim() == 0:
+            yield Chunk(fill=fill, start=0, stop=rows), materialize_shard(tensor)
+            return
+        inner = math.prod(tensor.shape[1:-1])
+        row_bytes = tensor.shape[-1] * tensor.element_size() if tensor.dim() > 1 else tensor.element_size()
+        block = fill.row_block // math.gcd(fill.row_block, inner)
+        step = max(1, self._chunk_bytes // max(1, row_bytes * inner * block)) * block
+        for start, values in materialize_rows(tensor, step):
+            values = values.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else values
+            yield Chunk(fill=fill, start=start * inner, stop=start * inner + values.shape[0]), values
+
+
+def build_reference(
+    source: Source, dtype: torch.dtype, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model as its class builds it, with what initializes it written down.
+
+    Args:
+        source: A source with a config.
+        dtype: Dtype of parameters.
+        attn_implementation: As in transformers; None takes its choice.
+        trust_remote_code: Whether Python code from the model's folder may be run.
+    Returns:
+        The model without memory; the default generator stands where it stood.
+    """
+    return construct(source, dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)[0]
+
+
+def with_tensors(source: Source, reference: PreTrainedModel) -> Source:
+    """The source as if a checkpoint held what the model holds.
+
+    Args:
+        source: A source with a config.
+        reference: The model; its tensors are not looked at.
+    Returns:
+        A source that can be planned for; no file of it exists.
+    """
+    saved = [*reference.named_parameters(), *((n, b) for n, b in reference.named_buffers() if _is_saved(reference, n))]
+    tensors = {
+        name: TensorInfo(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            path=Path("(drawn)"),
+            offset=0,
+            nbytes=tensor.numel() * tensor.element_size(),
+        )
+        for name, tensor in saved
+    }
+    return dataclasses.replace(source, tensors=tensors)
+
+
+def match_drawn(model: PreTrainedModel, source: Source, reference: PreTrainedModel) -> Match:
+    """In the place of `match_tensors`: every tensor becomes the one of its name.
+
+    Args:
+        model: A placeholder.
+        source: From `with_tensors`.
+        reference: The model that draws; its order of drawing is the order of the fills.
+    Returns:
+        The match; nothing is missing.
+    """
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    order = drawing_order(reference)
+    names = sorted(source.tensors, key=lambda name: order[name])
+    fills = tuple(straight_fill(model, name, source.tensors[name], held[name]) for name in names)
+    return Match(fills=fills, unexpected=(), missing=())
+
+
+def drawing_order(reference: nn.Module) -> dict[str, int]:
+    """When each tensor got its values.
+
+    Args:
+        reference: A lazily built module.
+    Returns:
+        Numbers to sort by, by name.
+    """
+    from qlazy.lazy.log import record_of
+
+    found: dict[str, int] = {}
+    for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]:
+        record = record_of(tensor)
+        found[name] = -1 if record is None else record.version.op.order
+    return found
+
+
+def _is_saved(model: nn.Module, name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return leaf not in model.get_submodule(path)._non_persistent_buffers_set
