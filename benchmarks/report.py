@@ -128,13 +128,22 @@ def render(result: dict[str, Any]) -> str:
     lines = [_title(result), "", *_circumstances(figures), ""]
     lines += _table(
         figures,
-        ["load, s", "read, GB/s", "weights, MiB", "anonymous peak, MiB", "total peak, MiB", "first prompt of 128, s"],
+        [
+            "load, s",
+            "read, GB/s",
+            "weights, MiB",
+            "anonymous peak, MiB",
+            "total peak, MiB",
+            "of the whole run, MiB",
+            "first prompt of 128, s",
+        ],
         [
             _spread("load_s", "{:.2f}"),
             lambda f, n: f"{f(n, 'file_bytes') / f(n, 'load_s') / 1e9:.2f}",
             _mib("weight_bytes"),
             _mib("anonymous_peak_bytes"),
             _mib("total_peak_bytes"),
+            _mib("run_peak_bytes"),
             _spread("first_prompt_128_s", "{:.2f}"),
         ],
     )
@@ -187,7 +196,7 @@ def _circumstances(figures: Figures) -> list[str]:
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB of memory; {result['settings']['threads']} threads for everybody.",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()) + ".",
-        f"qlazy at commit {', '.join(commits)}. {len(rounds)} rounds, {times[0]} to {times[-1]}; each contender at most "
+        f"qlazy at commit {', '.join(commits)}. Rounds: {len(rounds)}, {times[0]} to {times[-1]}; each contender at most "
         f"once a round, in a process of its own. Of the processors' time, other programs took at most {others:.0%} during a "
         f"run, and the hypervisor {stolen:.0%}.",
     ]

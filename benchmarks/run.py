@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the result file has, and do what is missing")
     parser.add_argument("--check", action="store_true", help="run everybody on a tiny model, and stop")
+    parser.add_argument("--no-check", action="store_true", help="do not run everybody on a tiny model first")
     parser.add_argument("--name", help="of the result files; default: the model, with -quick or -cold")
     parser.add_argument("--work-dir", type=Path, default=Path.home() / ".cache" / "qlazy" / "benchmarks")
     arguments = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
     path = RESULTS / f"{name}.json"
     result = json.loads(path.read_text()) if arguments.resume and path.exists() else {"runs": []}
     works = {run["contender"] for run in result["runs"] if "error" not in run}
-    checked = check([name for name in wanted if name not in works], arguments.work_dir)
+    checked = {} if arguments.no_check else check([name for name in wanted if name not in works], arguments.work_dir)
     absent = {name: reason for name, reason in checked.items() if reason}
     inputs, made = write_inputs(arguments.model, wanted, absent, arguments.work_dir, arguments.new_tokens)
     names = [n for n in wanted if n not in absent and (n in PROBES or CONTENDERS[n].gguf in ("", *inputs.gguf))]
