@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 
@@ -15,11 +16,12 @@ from transformers import PreTrainedModel
 
 from qlazy.errors import ModelNotFound
 from qlazy.fill import Fill, row_count, straight_fill
+from qlazy.lazy.log import record_of
 from qlazy.lazy.shard import materialize_rows, materialize_shard
 from qlazy.match import Match
 from qlazy.placeholder import construct
 from qlazy.source import Source, TensorInfo
-from qlazy.stream import Chunk
+from qlazy.stream import Chunk, worker_count
 
 
 def open_config(model_id: str) -> Source:
@@ -59,7 +61,7 @@ class Drawn:
         place: Called with every piece.
         chunk_bytes: Size of the pieces.
 
-    Memory: one piece; a whole tensor where its operations cannot be cut.
+    Memory: a piece for each worker and one more; a whole tensor where its operations cannot be cut.
     """
 
     def __init__(
@@ -80,13 +82,29 @@ class Drawn:
         self._tensors.clear()
 
     def __iter__(self) -> Iterator[int]:
-        """Do all the work; yields the bytes done so far after each piece."""
-        for fill in self._fills:
-            (name,) = fill.targets
-            for chunk, values in self._pieces(fill, self._tensors[name].detach()):
-                self._place(chunk, [values])
-                self.bytes_done += values.nbytes
-                yield self.bytes_done
+        """Draw here, and place in workers, each with one thread for an operation as in a stream, so that sums are the same.
+
+        Yields:
+            Bytes done so far, after each piece.
+        """
+        workers = worker_count(self._fills)
+        with ThreadPoolExecutor(workers, "qlazy-draw", lambda: torch.set_num_threads(1)) as pool:
+            running: set[Future[int]] = set()
+            for fill in self._fills:
+                (name,) = fill.targets
+                for chunk, values in self._pieces(fill, self._tensors[name].detach()):
+                    running.add(pool.submit(self._run, chunk, values))
+                    if len(running) > workers:
+                        ended, running = wait(running, return_when=FIRST_COMPLETED)
+                        self.bytes_done += sum(task.result() for task in ended)
+                        yield self.bytes_done
+            self.bytes_done += sum(task.result() for task in running)
+        yield self.bytes_done
+
+    def _run(self, chunk: Chunk, values: Tensor) -> int:
+        with torch.no_grad():
+            self._place(chunk, [values])
+        return values.nbytes
 
     def _pieces(self, fill: Fill, tensor: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
         rows = row_count(tuple(tensor.shape))
@@ -153,22 +171,14 @@ def match_drawn(model: PreTrainedModel, source: Source, reference: PreTrainedMod
         The match; nothing is missing.
     """
     held = dict(model.named_parameters()) | dict(model.named_buffers())
-    order = drawing_order(reference)
+    order = _drawing_order(reference)
     names = sorted(source.tensors, key=lambda name: order[name])
     fills = tuple(straight_fill(model, name, source.tensors[name], held[name]) for name in names)
     return Match(fills=fills, unexpected=(), missing=())
 
 
-def drawing_order(reference: nn.Module) -> dict[str, int]:
-    """When each tensor got its values.
-
-    Args:
-        reference: A lazily built module.
-    Returns:
-        Numbers to sort by, by name.
-    """
-    from qlazy.lazy.log import record_of
-
+def _drawing_order(reference: nn.Module) -> dict[str, int]:
+    """When each tensor got its values: numbers to sort by."""
     found: dict[str, int] = {}
     for name, tensor in [*reference.named_parameters(), *reference.named_buffers()]:
         record = record_of(tensor)
