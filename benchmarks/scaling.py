@@ -76,8 +76,9 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Medians by shape and cache, in the order of size."""
     rows = []
     good = [run for run in result["runs"] if "error" not in run]
+    sizes = {run["shape"]: run["file_bytes"] for run in good}
     for cache in ("cold", "warm"):
-        for shape in sorted({run["shape"] for run in good}, key=lambda name: float(name.rstrip("b"))):
+        for shape in sorted(sizes, key=sizes.__getitem__):
             runs = [run for run in good if run["shape"] == shape and run["cache"] == cache]
             if runs:
                 keys = ("file_bytes", "load_s", "weight_bytes", "anonymous_peak_bytes", "total_peak_bytes", "decode")

@@ -109,8 +109,9 @@ def test_one_run_from_end_to_end(tiny, tmp_path):
 
 def test_scaling_is_summed_up_by_shape_and_cache():
     usual = {"weight_bytes": 1 << 30, "total_peak_bytes": 2 << 30, "decode": 9.0, "commit": "abc", "file_bytes": 2_000_000_000}
+    large = usual | {"file_bytes": 26_000_000_000}
     runs = [
-        {"shape": "13b", "cache": "cold", "run": 0, "load_s": 30.0, "anonymous_peak_bytes": 8 << 30, **usual},
+        {"shape": "13b", "cache": "cold", "run": 0, "load_s": 30.0, "anonymous_peak_bytes": 8 << 30, **large},
         {"shape": "1.1b", "cache": "cold", "run": 0, "load_s": 4.0, "anonymous_peak_bytes": 2 << 30, **usual},
         {"shape": "1.1b", "cache": "cold", "run": 1, "load_s": 6.0, "anonymous_peak_bytes": 2 << 30, **usual},
         {"shape": "3b", "cache": "warm", "run": 0, "error": "no room", "commit": "abc"},
