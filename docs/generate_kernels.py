@@ -65,6 +65,8 @@ def variants() -> Iterator[Variant]:
     yield from gemv_variants()
     yield from dequantize_variants()
     yield from quantize_variants()
+    yield from gemm_variants()
+    yield from other_variants()
 
 
 def gemv_variants() -> Iterator[Variant]:
@@ -115,23 +117,23 @@ def dequantize_variants() -> Iterator[Variant]:
             name=f"int4 group {group}{' zero' if zero else ''}, {dtype}",
             module="dequantize",
             kernel="dequantize_int4_kernel",
-            pointers={"packed_NP": "i32", "scale_NG": dtype, "zero_NG": "i32", "weight_NK": dtype},
-            integers=("start", "stop", "columns", "words", "groups"),
-            fixed={"spans_per_group": 1, "HAS_ZERO": zero, "ONE_GROUP": False, "SPAN": group} | shape,
+            pointers={"index_T": "i32", "packed_NP": "i32", "scale_NG": dtype, "zero_NG": "i32", "weight_NK": dtype},
+            integers=("start", "stop", "rows", "columns", "words", "groups"),
+            fixed={"spans_per_group": 1, "HAS_INDEX": False, "HAS_ZERO": zero, "ONE_GROUP": False, "SPAN": group} | shape,
         )
     for dtype, group in (("bf16", 0), ("bf16", 32)):
         yield Variant(
             name=f"int8 {'group ' + str(group) if group else 'channel'}, {dtype}",
             module="dequantize",
             kernel="dequantize_int8_kernel",
-            pointers={"packed_NK": "i8", "scale_NG": dtype, "weight_NK": dtype},
-            integers=("start", "stop", "columns", "groups"),
-            fixed={"spans_per_group": 1, "ONE_GROUP": group == 0, "SPAN": group or TILE.block_k} | shape,
+            pointers={"index_T": "i8", "packed_NK": "i8", "scale_NG": dtype, "weight_NK": dtype},
+            integers=("start", "stop", "rows", "columns", "groups"),
+            fixed={"spans_per_group": 1, "HAS_INDEX": False, "ONE_GROUP": group == 0, "SPAN": group or TILE.block_k} | shape,
         )
     for nested in (True, False):
         yield Variant(
             name=f"NF4/FP4{' nested' if nested else ''}, bf16",
-            module="dequantize",
+            module="codebook4",
             kernel="dequantize_codebook4_kernel",
             pointers={"packed": "u8", "absmax_B": "u8" if nested else "fp32", "weight": "bf16"}
             | dict.fromkeys(("code", "nested_code", "nested_absmax", "offset"), "fp32"),
@@ -147,7 +149,8 @@ def quantize_variants() -> Iterator[Variant]:
     Yields:
         Variants.
     """
-    from qlazy_kernels.quantize import CODEBOOK4_TILE, INT4_ELEMENTS, INT8_TILE
+    from qlazy_kernels.codebook4 import QUANTIZE_TILE
+    from qlazy_kernels.quantize import INT4_ELEMENTS, INT8_TILE
 
     exact: dict[str, Any] = {"enable_fp_fusion": False}
     for source, group, symmetric in (
@@ -181,13 +184,132 @@ def quantize_variants() -> Iterator[Variant]:
         )
     yield Variant(
         name="NF4/FP4, bf16 in",
-        module="quantize",
+        module="codebook4",
         kernel="quantize_codebook4_kernel",
         pointers={"weight": "bf16", "bounds": "fp32", "order": "i32", "packed": "u8", "absmax_B": "fp32"},
         integers=("count", "packed_count"),
-        fixed={"FP8": False, "BLOCK_B": CODEBOOK4_TILE.block_n},
+        fixed={"FP8": False, "BLOCK_B": QUANTIZE_TILE.block_n},
         options=exact,
     )
+
+
+def gemm_variants() -> Iterator[Variant]:
+    """Tensor cores, by the default tile.
+
+    Yields:
+        Variants.
+    """
+    from qlazy_kernels.gemm import REDUCE_SIZE, TILES
+
+    sizes = ("tokens", "rows", "columns", "words", "groups", "steps_per_part")
+    for bits, zero, group, tokens, dtype in (
+        (4, True, 32, 16, "bf16"),
+        (4, False, 128, 16, "bf16"),
+        (4, True, 64, 32, "bf16"),
+        (4, True, 32, 64, "bf16"),
+        (4, True, 32, 128, "fp16"),
+        (8, False, 0, 16, "bf16"),
+        (8, False, 32, 64, "bf16"),
+        (8, False, 0, 128, "bf16"),
+    ):
+        tile = TILES[tokens]
+        y = "fp32" if tile.split_k > 1 else dtype
+        pointers = {"x_MK": dtype, "scale_NG": dtype, "bias_N": dtype, "y_SMN": y, "zero_NG": "i32"}
+        pointers["packed_NP"] = "i32" if bits == 4 else "i8"
+        span = min(group or tile.block_k, tile.block_k)
+        fixed = {"BITS": bits, "ONE_GROUP": group == 0, "HAS_ZERO": zero, "HAS_BIAS": tile.split_k == 1, "SPAN": span}
+        fixed |= {"spans_per_group": max(1, group // span)} if group <= span else {}
+        fixed |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+        yield Variant(
+            name=f"int{bits} {'group ' + str(group) if group else 'channel'}{' zero' if zero else ''}, M = {tokens}, {dtype}",
+            module="gemm",
+            kernel="gemm_kernel",
+            pointers=pointers,
+            integers=sizes + (("spans_per_group",) if group > span else ()),
+            fixed=fixed,
+            warps=tile.num_warps,
+            stages=tile.num_stages,
+        )
+    yield Variant(
+        name="4 parts, bf16",
+        module="gemm",
+        kernel="add_parts_kernel",
+        pointers={"part_SMN": "fp32", "bias_N": "bf16", "y_MN": "bf16"},
+        integers=("count", "rows"),
+        fixed={"SPLIT_K": 4, "HAS_BIAS": True, "SIZE": REDUCE_SIZE},
+    )
+
+
+def other_variants() -> Iterator[Variant]:
+    """Embedding rows, NF4 products, gate and up together, experts.
+
+    Yields:
+        Variants.
+    """
+    from qlazy_kernels.gather import TILE
+    from qlazy_kernels.gemm import TILES as GEMM_TILES
+    from qlazy_kernels.gemv import TILES
+
+    packed4 = {"packed_NP": "i32", "zero_NG": "i32"}
+    yield Variant(
+        name="int4 group 32 zero, rows by index, bf16",
+        module="dequantize",
+        kernel="dequantize_int4_kernel",
+        pointers=packed4 | {"index_T": "i64", "scale_NG": "bf16", "weight_NK": "bf16"},
+        integers=("start", "stop", "rows", "columns", "words", "groups"),
+        fixed={"spans_per_group": 1, "HAS_INDEX": True, "HAS_ZERO": True, "ONE_GROUP": False, "SPAN": 32}
+        | {"BLOCK_N": TILE.block_n, "BLOCK_K": TILE.block_k},
+    )
+    yield Variant(
+        name="int8 channel, rows by index, bf16",
+        module="dequantize",
+        kernel="dequantize_int8_kernel",
+        pointers={"index_T": "i64", "packed_NK": "i8", "scale_NG": "bf16", "weight_NK": "bf16"},
+        integers=("start", "stop", "rows", "columns", "groups"),
+        fixed={"spans_per_group": 1, "HAS_INDEX": True, "ONE_GROUP": True, "SPAN": TILE.block_k}
+        | {"BLOCK_N": TILE.block_n, "BLOCK_K": TILE.block_k},
+    )
+    for tokens, nested in ((1, False), (1, True), (4, True)):
+        tile = TILES[4][tokens]
+        yield Variant(
+            name=f"NF4/FP4{' nested' if nested else ''}, M = {tokens}, bf16",
+            module="gemv_codebook4",
+            kernel="gemv_codebook4_kernel",
+            pointers={"packed": "i32", "absmax_B": "u8" if nested else "fp32"}
+            | dict.fromkeys(("x_MK", "bias_N", "y_MN"), "bf16")
+            | dict.fromkeys(("code", "nested_code", "nested_absmax", "offset"), "fp32"),
+            integers=("tokens", "rows", "columns"),
+            fixed={"NESTED": nested, "HAS_BIAS": True}
+            | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+            warps=tile.num_warps,
+        )
+    for tokens, zero, group in ((1, True, 32), (1, False, 128), (4, True, 32)):
+        tile = TILES[4][tokens]
+        yield Variant(
+            name=f"int4 group {group}{' zero' if zero else ''}, M = {tokens}, bf16",
+            module="gate_up",
+            kernel="gemv_gate_up_kernel",
+            pointers=dict.fromkeys(("x_MK", "gate_scale_NG", "up_scale_NG", "y_MN"), "bf16")
+            | dict.fromkeys(("gate_packed_NP", "gate_zero_NG", "up_packed_NP", "up_zero_NG"), "i32"),
+            integers=("tokens", "rows", "columns", "words", "groups"),
+            fixed={"spans_per_group": 1, "ACTIVATION": "silu", "BITS": 4, "ONE_GROUP": False, "HAS_ZERO": zero, "SPAN": group}
+            | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+            warps=tile.num_warps,
+        )
+    for bits, zero, group, block_m in ((4, True, 32, 16), (4, True, 32, 64), (8, False, 0, 16)):
+        tile = GEMM_TILES[block_m]
+        yield Variant(
+            name=f"int{bits} {'group ' + str(group) + ' zero' if group else 'channel'}, blocks of {block_m}, bf16",
+            module="grouped",
+            kernel="grouped_gemm_kernel",
+            pointers={"x_MK": "bf16", "index_T": "i32", "packed_ENP": "i32" if bits == 4 else "i8", "scale_ENG": "bf16"}
+            | {"zero_ENG": "i32", "block_expert": "i32", "block_first": "i32", "expert_end": "i32", "y_TN": "bf16"},
+            integers=("experts", "rows", "columns", "words", "groups"),
+            fixed={"spans_per_group": 1, "BITS": bits, "ONE_GROUP": group == 0, "HAS_ZERO": zero, "HAS_INDEX": True}
+            | {"SPAN": group or tile.block_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k},
+            warps=tile.num_warps,
+            stages=tile.num_stages,
+        )
 
 
 def compile_for(variant: Variant, capability: int) -> dict[str, Any]:

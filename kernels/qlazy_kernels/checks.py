@@ -208,6 +208,63 @@ def result(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, devic
     return out
 
 
+def check_weight(weight: Tensor) -> tuple[int, int]:
+    """Sizes of a weight that is to be quantized.
+
+    Args:
+        weight: (N, K) floating, or uint8 for the bytes of float8_e4m3fn.
+
+    Returns:
+        Rows and columns.
+
+    Raises:
+        ValueError: another dtype, or gaps.
+    """
+    check_tensors(2, weight=weight)
+    if weight.dtype not in (*FLOATS, torch.uint8):
+        raise ValueError(f"weight is {weight.dtype}; it must be floating, or torch.uint8 for the bytes of float8_e4m3fn.")
+    return weight.shape[0], weight.shape[1]
+
+
+def row_range(start: int, stop: int | None, rows: int) -> int:
+    """The end of a range of rows.
+
+    Args:
+        start: First row.
+        stop: One past the last, or None for all.
+        rows: How many there are.
+
+    Returns:
+        `stop` as a number.
+
+    Raises:
+        ValueError: no range of these rows.
+    """
+    stop = rows if stop is None else stop
+    if not 0 <= start < stop <= rows:
+        raise ValueError(f"Rows {start} to {stop} of a weight of {rows} rows: 0 <= start < stop <= rows must hold.")
+    return stop
+
+
+def float_dtype(dtype: torch.dtype | None, scale: Tensor | None = None) -> torch.dtype:
+    """A dtype that results and scales can have.
+
+    Args:
+        dtype: What is asked for; None = that of the scales.
+        scale: The scales.
+
+    Returns:
+        float16, bfloat16 or float32.
+
+    Raises:
+        ValueError: another one.
+    """
+    dtype = scale.dtype if dtype is None and scale is not None else dtype
+    if dtype is None or dtype not in FLOATS:
+        raise ValueError(f"{dtype} is asked for; it must be float16, bfloat16 or float32.")
+    return dtype
+
+
 def check_tensors(ndim: int, **tensors: Tensor | None) -> None:
     """That tensors have `ndim` dimensions, none of them 0, no gaps, and one device.
 

@@ -3,7 +3,7 @@
 For many tokens a product with unpacked weights is fastest: call these with `start`, `stop` and `out`, one block of rows after
 the other, so that what stands unpacked at any time is one block.
 
-Shape legend: N = out_features (rows), K = in_features (columns), G = groups along K, P = packed words along K, B = blocks.
+Shape legend: N = out_features (rows), K = in_features (columns), G = groups along K, P = packed words along K.
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlazy_kernels.checks import FLOATS, check_codebook4, check_int4, check_int8, check_nested, result
+from qlazy_kernels.checks import check_int4, check_int8, float_dtype, result, row_range
 from qlazy_kernels.tiles import Tile, span_of
 
 TILE = Tile(block_n=8, block_k=256)
 """Default: 2,048 weights a program, sixteen a thread."""
-
-BLOCK = 64
-"""Elements that share an absmax in NF4 and FP4."""
 
 
 def dequantize_int4(
@@ -65,24 +62,27 @@ def dequantize_int4(
     Memory: the result, and nothing beside it.
     """
     extent = check_int4(weight_packed, weight_scale, weight_zero_point, columns)
-    stop, dtype = _rows(start, stop, extent.rows), _dtype(dtype, weight_scale)
+    stop, dtype = row_range(start, stop, extent.rows), float_dtype(dtype, weight_scale)
     weight = result(out, (stop - start, extent.columns), dtype, weight_packed.device)
     span = span_of(extent.group_size, tile.block_k) if extent.groups > 1 else tile.block_k
     grid = (triton.cdiv(stop - start, tile.block_n), triton.cdiv(extent.columns, tile.block_k))
     with torch.cuda.device_of(weight):
         dequantize_int4_kernel[grid](
             weight_packed,
+            weight_packed,
             weight_scale,
             weight_packed if weight_zero_point is None else weight_zero_point,
             weight,
             start,
             stop,
+            extent.rows,
             extent.columns,
             extent.words,
             extent.groups,
             max(1, extent.group_size // span),
             HAS_ZERO=weight_zero_point is not None,
             ONE_GROUP=extent.groups == 1,
+            HAS_INDEX=False,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             SPAN=span,
@@ -121,21 +121,24 @@ def dequantize_int8(
     Memory: the result, and nothing beside it.
     """
     extent = check_int8(weight_packed, weight_scale)
-    stop, dtype = _rows(start, stop, extent.rows), _dtype(dtype, weight_scale)
+    stop, dtype = row_range(start, stop, extent.rows), float_dtype(dtype, weight_scale)
     weight = result(out, (stop - start, extent.columns), dtype, weight_packed.device)
     span = span_of(extent.group_size, tile.block_k) if extent.groups > 1 else tile.block_k
     grid = (triton.cdiv(stop - start, tile.block_n), triton.cdiv(extent.columns, tile.block_k))
     with torch.cuda.device_of(weight):
         dequantize_int8_kernel[grid](
             weight_packed,
+            weight_packed,
             weight_scale,
             weight,
             start,
             stop,
+            extent.rows,
             extent.columns,
             extent.groups,
             max(1, extent.group_size // span),
             ONE_GROUP=extent.groups == 1,
+            HAS_INDEX=False,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             SPAN=span,
@@ -144,94 +147,23 @@ def dequantize_int8(
     return weight
 
 
-def dequantize_codebook4(
-    weight_packed: Tensor,
-    absmax: Tensor,
-    code: Tensor,
-    nested: tuple[Tensor, Tensor, Tensor] | None = None,
-    *,
-    rows: int,
-    columns: int,
-    start: int = 0,
-    stop: int | None = None,
-    dtype: torch.dtype,
-    tile: Tile = TILE,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Turn NF4 or FP4 codes into a weight: `w = code[nibble] * absmax` of its block of 64 elements of the flat weight.
-
-    Bits of the byte j of `weight_packed`::
-
-        bit      7..4     3..0
-        element  2j       2j+1      of the weight, row after row
-
-    Args:
-        weight_packed: (ceil(N K / 2),) uint8, contiguous, on a CUDA device.
-        absmax: (B,) float32; with `nested` uint8.
-        code: (16,) float32, the value of each code.
-        nested: Where absmax is stored in 8 bits: the 256 values of its codes, (ceil(B / 256),) its own absmax, () its
-            offset, all float32: `absmax = values[absmax] * nested_absmax + offset`.
-        rows: N.
-        columns: K.
-        start: First row; even where K is odd.
-        stop: One past the last row; None = N.
-        dtype: float16, bfloat16 or float32.
-        tile: How to cut the work; its rows and columns are taken together, as the weight is flat.
-        out: (stop - start, K) of `dtype` to write into; None = new.
-
-    Returns:
-        Rows `start` to `stop` of the weight, contiguous, same device.
-
-    Raises:
-        ValueError: shapes, dtypes, devices or strides that do not belong together; the message has both numbers.
-
-    Memory: the result, and nothing beside it.
-    """
-    check_codebook4(weight_packed, absmax, code, rows, columns, nested=nested is not None)
-    check_nested(nested, absmax)
-    stop = _rows(start, stop, rows)
-    weight = result(out, (stop - start, columns), _dtype(dtype, code), weight_packed.device)
-    first, count = start * columns, (stop - start) * columns
-    if first % 2:
-        raise ValueError(
-            f"Row {start} of {columns} columns starts at element {first}, in the middle of a byte; take an even row."
-        )
-    size = tile.block_n * tile.block_k
-    values, nested_absmax, offset = (code, code, code) if nested is None else nested
-    with torch.cuda.device_of(weight):
-        dequantize_codebook4_kernel[(triton.cdiv(count, size),)](
-            weight_packed,
-            absmax,
-            code,
-            values,
-            nested_absmax,
-            offset,
-            weight,
-            first // 2,
-            -(-count // 2),
-            count,
-            NESTED=nested is not None,
-            SIZE=size,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,  # absmax is a product and a sum, each rounded, as it is everywhere else
-        )
-    return weight
-
-
 @triton.jit
 def dequantize_int4_kernel(
+    index_T,
     packed_NP,
     scale_NG,
     zero_NG,
     weight_NK,
     start,
     stop,
+    rows,
     columns,
     words,
     groups,
     spans_per_group,
     HAS_ZERO: tl.constexpr,
     ONE_GROUP: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPAN: tl.constexpr,
@@ -239,11 +171,11 @@ def dequantize_int4_kernel(
     """One tile of BLOCK_N rows and BLOCK_K columns, which lie as (SPANS, words of a span, codes of a word)."""
     SPANS: tl.constexpr = BLOCK_K // SPAN
     # 64 bits: N * K passes 2^31 in the output heads of large models.
-    n = start + tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = start + tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, row_ok, wrong = locate_rows(index_T, t, stop, rows, HAS_INDEX)
     span = tl.program_id(1) * SPANS + tl.arange(0, SPANS)
     word = span[:, None] * (SPAN // 8) + tl.arange(0, SPAN // 8)[None, :]
     k = word[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    row_ok = n < stop
     group = span * 0 if ONE_GROUP else span // spans_per_group
     group_ok = row_ok[:, None] & (group < groups)[None, :]
 
@@ -259,92 +191,55 @@ def dequantize_int4_kernel(
         code -= (zeros >> ((n % 8) * 4).to(tl.int32)[:, None] & 0xF)[:, :, None, None]
     else:
         code -= 8
-    weight = code.to(tl.float32) * scale[:, :, None, None]
-    inside = row_ok[:, None, None, None] & (k < columns)[None, :, :, :]
-    at = (n - start)[:, None, None, None] * columns + k[None, :, :, :]
+    weight = tl.where(wrong[:, None, None, None], float("nan"), code.to(tl.float32) * scale[:, :, None, None])
+    inside = (t < stop)[:, None, None, None] & (k < columns)[None, :, :, :]
+    at = (t - start)[:, None, None, None] * columns + k[None, :, :, :]
     tl.store(weight_NK + at, weight.to(weight_NK.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def dequantize_int8_kernel(
+    index_T,
     packed_NK,
     scale_NG,
     weight_NK,
     start,
     stop,
+    rows,
     columns,
     groups,
     spans_per_group,
     ONE_GROUP: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPAN: tl.constexpr,
 ):
     """One tile of BLOCK_N rows and BLOCK_K columns, which lie as (SPANS, SPAN)."""
     SPANS: tl.constexpr = BLOCK_K // SPAN
-    n = start + tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = start + tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, row_ok, wrong = locate_rows(index_T, t, stop, rows, HAS_INDEX)
     span = tl.program_id(1) * SPANS + tl.arange(0, SPANS)
     k = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
-    row_ok = n < stop
     group = span * 0 if ONE_GROUP else span // spans_per_group
     group_ok = row_ok[:, None] & (group < groups)[None, :]
-    inside = row_ok[:, None, None] & (k < columns)[None, :, :]
-    code = tl.load(packed_NK + (n[:, None, None] * columns + k[None, :, :]), mask=inside, other=0)
+    columns_ok = (k < columns)[None, :, :]
+    code = tl.load(packed_NK + n[:, None, None] * columns + k[None, :, :], mask=row_ok[:, None, None] & columns_ok, other=0)
     scale = tl.load(scale_NG + n[:, None] * groups + group[None, :], mask=group_ok, other=0.0).to(tl.float32)
-    weight = code.to(tl.float32) * scale[:, :, None]
-    at = (n - start)[:, None, None] * columns + k[None, :, :]
-    tl.store(weight_NK + at, weight.to(weight_NK.dtype.element_ty), mask=inside)
+    weight = tl.where(wrong[:, None, None], float("nan"), code.to(tl.float32) * scale[:, :, None])
+    at = (t - start)[:, None, None] * columns + k[None, :, :]
+    tl.store(weight_NK + at, weight.to(weight_NK.dtype.element_ty), mask=(t < stop)[:, None, None] & columns_ok)
 
 
 @triton.jit
-def dequantize_codebook4_kernel(
-    packed,
-    absmax_B,
-    code,
-    nested_code,
-    nested_absmax,
-    offset,
-    weight,
-    first_byte,
-    packed_count,
-    count,
-    NESTED: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """SIZE elements, the first of them in byte `first_byte`."""
-    begin = tl.program_id(0).to(tl.int64) * (SIZE // 2)
-    byte = begin + tl.arange(0, SIZE // 2)
-    ok = byte < packed_count
-    pair = tl.load(packed + first_byte + byte, mask=ok, other=0).to(tl.int32)
-    nibble = (pair[:, None] >> (4 - tl.arange(0, 2) * 4)[None, :]) & 0xF
-    # Both elements of a byte lie in one block.
-    scale = load_absmax(absmax_B, nested_code, nested_absmax, offset, (first_byte + byte) // 32, ok, NESTED)
-    values = tl.reshape(tl.load(code + nibble) * scale[:, None], (SIZE,))
-    at = begin * 2 + tl.arange(0, SIZE)
-    tl.store(weight + at, values.to(weight.dtype.element_ty), mask=at < count)
-
-
-@triton.jit
-def load_absmax(absmax_B, nested_code, nested_absmax, offset, block, ok, NESTED: tl.constexpr):
-    """The fp32 absmax of blocks, unpacked from its 8 bits where it is nested."""
-    if NESTED:
-        place = tl.load(absmax_B + block, mask=ok, other=0).to(tl.int32)
-        scale = tl.load(nested_absmax + block // 256, mask=ok, other=0.0)
-        absmax = tl.load(nested_code + place) * scale + tl.load(offset)
+def locate_rows(index_T, t, stop, rows, HAS_INDEX: tl.constexpr):
+    """Rows of the weight for rows of the result: which, whether to read them, and whether an index points nowhere."""
+    if HAS_INDEX:
+        n = tl.load(index_T + t, mask=t < stop, other=0).to(tl.int64)
+        wrong = (n < 0) | (n >= rows)
+        ok = (t < stop) & (n >= 0) & (n < rows)
     else:
-        absmax = tl.load(absmax_B + block, mask=ok, other=0.0)
-    return absmax
-
-
-def _rows(start: int, stop: int | None, rows: int) -> int:
-    stop = rows if stop is None else stop
-    if not 0 <= start < stop <= rows:
-        raise ValueError(f"Rows {start} to {stop} of a weight of {rows} rows: 0 <= start < stop <= rows must hold.")
-    return stop
-
-
-def _dtype(dtype: torch.dtype | None, scale: Tensor) -> torch.dtype:
-    dtype = scale.dtype if dtype is None else dtype
-    if dtype not in FLOATS:
-        raise ValueError(f"The result is to be {dtype}; it must be float16, bfloat16 or float32.")
-    return dtype
+        n = t
+        wrong = t < 0
+        ok = t < stop
+    return n, ok, wrong

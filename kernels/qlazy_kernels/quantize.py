@@ -4,12 +4,12 @@ Equal bytes, because only operations with one IEEE-754 answer are used, each rou
 rounded to nearest, the sum of squares by one fixed tree (the upper half of a group added onto the lower, again and again), the
 same order of candidates, a later one taken only if strictly less. Rounding to bfloat16 is done on the bits.
 
-A group that holds a NaN or an infinity gets a scale (NF4, FP4: absmax) that is NaN; its codes mean nothing.
+A group that holds a NaN or an infinity gets a scale that is NaN; its codes mean nothing.
 
 Weights come in bfloat16, float16, float32, or as the bytes of float8_e4m3fn (uint8), any rows at a time: what a group becomes
 depends on that group alone.
 
-Shape legend: N = out_features (rows), K = in_features (columns), G = groups along K, P = packed words along K, B = blocks.
+Shape legend: N = out_features (rows), K = in_features (columns), G = groups along K, P = packed words along K.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlazy_kernels.checks import FLOATS, check_tensors, result
+from qlazy_kernels.checks import check_tensors, check_weight, float_dtype, result
 from qlazy_kernels.tiles import Tile, next_power_of_two
 
 INT4_GROUPS = (32, 64, 128)
@@ -29,7 +29,6 @@ INT4_ELEMENTS = 2048
 """Weights that a program takes in four bits: eight rows, so that it owns the words that the zeros of a group are packed in."""
 
 INT8_TILE = Tile(block_n=2, block_k=1024)
-CODEBOOK4_TILE = Tile(block_n=32, block_k=64)
 
 
 def quantize_int4(
@@ -67,10 +66,10 @@ def quantize_int4(
 
     Memory: the results.
     """
-    rows, columns = _check_weight(weight)
+    rows, columns = check_weight(weight)
     if group_size not in INT4_GROUPS or columns % group_size:
         raise ValueError(f"Group size {group_size} for {columns} columns: it must be one of {INT4_GROUPS} and divide them.")
-    _check_scale_dtype(scale_dtype)
+    float_dtype(scale_dtype)
     check_tensors(1, weight=weight.view(-1), factors=factors)
     if factors.dtype != torch.float32:
         raise ValueError(f"factors are {factors.dtype}; they must be torch.float32.")
@@ -126,11 +125,11 @@ def quantize_int8(
 
     Memory: the results.
     """
-    rows, columns = _check_weight(weight)
+    rows, columns = check_weight(weight)
     group_size = columns if group_size == -1 else group_size
     if group_size <= 0 or columns % group_size:
         raise ValueError(f"Group size {group_size} does not divide {columns} columns.")
-    _check_scale_dtype(scale_dtype)
+    float_dtype(scale_dtype)
     codes_out, scale_out = (None, None) if out is None else out
     codes = result(codes_out, (rows, columns), torch.int8, weight.device)
     scale = result(scale_out, (rows, columns // group_size), scale_dtype, weight.device)
@@ -150,64 +149,6 @@ def quantize_int8(
             enable_fp_fusion=False,
         )
     return codes, scale
-
-
-def quantize_codebook4(
-    weight: Tensor,
-    bounds: Tensor,
-    order: Tensor,
-    *,
-    out: tuple[Tensor, Tensor] | None = None,
-    tile: Tile = CODEBOOK4_TILE,
-) -> tuple[Tensor, Tensor]:
-    """NF4 or FP4 codes of consecutive elements of a weight, and the absmax of each block of 64, with bitsandbytes' bytes.
-
-    Bits of a packed byte j::
-
-        bit      7..4     3..0
-        element  2j       2j+1      (after the last of an odd number: the code of 0)
-
-    Args:
-        weight: Any shape, floating, or uint8 for the bytes of float8_e4m3fn; contiguous, on a CUDA device. Starts on a multiple
-            of 64 in the flat weight; only the last run may end inside a block.
-        bounds: (15,) float32, same device: halfway between neighbouring values of the codebook, ascending.
-        order: (16,) int32, same device: the codes by ascending value.
-        out: Storage to write: packed (ceil(count / 2),) uint8, absmax (ceil(count / 64),) float32; None = new.
-        tile: Blocks and elements of a block.
-
-    Returns:
-        Packed codes and absmax.
-
-    Raises:
-        ValueError: a shape, dtype or device that does not fit; the message has both numbers.
-
-    Memory: the results.
-    """
-    flat = weight.reshape(-1)
-    _check_weight(flat.view(1, -1))
-    check_tensors(1, weight=flat, bounds=bounds, order=order)
-    for name, tensor, dtype, size in (("bounds", bounds, torch.float32, 15), ("order", order, torch.int32, 16)):
-        if tensor.dtype != dtype or tensor.shape[0] != size:
-            raise ValueError(f"{name} is {tensor.dtype} with {tensor.shape[0]} elements; it must be {dtype} with {size}.")
-    count = flat.numel()
-    packed_out, absmax_out = (None, None) if out is None else out
-    packed = result(packed_out, (-(-count // 2),), torch.uint8, flat.device)
-    absmax = result(absmax_out, (-(-count // 64),), torch.float32, flat.device)
-    with torch.cuda.device_of(flat):
-        quantize_codebook4_kernel[(triton.cdiv(absmax.numel(), tile.block_n),)](
-            flat,
-            bounds,
-            order,
-            packed,
-            absmax,
-            count,
-            packed.numel(),
-            FP8=flat.dtype == torch.uint8,
-            BLOCK_B=tile.block_n,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,
-        )
-    return packed, absmax
 
 
 @triton.jit
@@ -323,33 +264,6 @@ def quantize_int8_kernel(
 
 
 @triton.jit
-def quantize_codebook4_kernel(
-    weight, bounds, order, packed, absmax_B, count, packed_count, FP8: tl.constexpr, BLOCK_B: tl.constexpr
-):
-    """BLOCK_B blocks of 64 consecutive elements."""
-    block = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    element = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    w = load_weight(weight + element, element < count, FP8)
-    poison = tl.sum(w * 0.0, axis=1)
-    absmax = tl.max(tl.abs(w), axis=1)
-    divisor = tl.maximum(absmax, 1e-38)
-    # A block is multiplied by the inverse, a last one that is not full is divided.
-    full = block * 64 + 64 <= count
-    scaled = tl.where(full[:, None], w * tl.div_rn(1.0, divisor)[:, None], tl.div_rn(w, divisor[:, None]))
-    place = tl.full((BLOCK_B, 64), 0, tl.int32)
-    for index in tl.static_range(15):
-        # On a boundary the smaller value wins.
-        place += (scaled > tl.load(bounds + index)).to(tl.int32)
-    code = tl.load(order + place)
-    absmax = tl.where(full, absmax, divisor)
-    absmax = tl.where(poison == poison, absmax, float("nan"))
-    tl.store(absmax_B + block, absmax, mask=block * 64 < count)
-    byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    pair = tl.sum(tl.reshape(code, (BLOCK_B, 32, 2)) << (4 - tl.arange(0, 2) * 4)[None, None, :], axis=2)
-    tl.store(packed + byte, pair.to(tl.uint8), mask=byte < packed_count)
-
-
-@triton.jit
 def load_weight(pointers, ok, FP8: tl.constexpr):
     """Weights in fp32; the bytes of float8_e4m3fn are widened by their bits, which every generation can."""
     if FP8:
@@ -396,15 +310,3 @@ def tree_sum(x, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, LEVELS: tl.constexpr
     for level in tl.static_range(LEVELS):
         x = tl.sum(tl.reshape(x, (8, BLOCK_G, 2, GROUP >> (level + 1))), axis=2)
     return tl.reshape(x, (8, BLOCK_G))
-
-
-def _check_weight(weight: Tensor) -> tuple[int, int]:
-    check_tensors(2, weight=weight)
-    if weight.dtype not in (*FLOATS, torch.uint8):
-        raise ValueError(f"weight is {weight.dtype}; it must be floating, or torch.uint8 for the bytes of float8_e4m3fn.")
-    return weight.shape[0], weight.shape[1]
-
-
-def _check_scale_dtype(dtype: torch.dtype) -> None:
-    if dtype not in FLOATS:
-        raise ValueError(f"Scales are to be {dtype}; they must be float16, bfloat16 or float32.")

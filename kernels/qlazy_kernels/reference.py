@@ -66,7 +66,7 @@ def dequantize_codebook4(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The same as `qlazy_kernels.dequantize.dequantize_codebook4` for all rows.
+    """The same as `qlazy_kernels.codebook4.dequantize_codebook4` for all rows.
 
     Args:
         weight_packed: (ceil(N K / 2),) uint8.
@@ -90,6 +90,59 @@ def dequantize_codebook4(
     nibbles = torch.stack([weight_packed >> 4, weight_packed & 0xF], 1).reshape(-1)[: rows * columns]
     weight = code.to(work)[nibbles.int()] * absmax.to(work).repeat_interleave(64)[: rows * columns]
     return weight.view(rows, columns).to(dtype)
+
+
+def product(x: Tensor, weight_NK: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What every GEMV and GEMM computes from the unpacked weight, exactly as float64 can.
+
+    Args:
+        x: (..., K).
+        weight_NK: float64, as the functions above give it.
+        bias: (N,) or None.
+
+    Returns:
+        (..., N) float64.
+
+    Memory: float64 copies of `x` and the result.
+    """
+    y = x.double() @ weight_NK.T
+    return y if bias is None else y + bias.double()
+
+
+def gate_up(x: Tensor, gate_NK: Tensor, up_NK: Tensor, activation: str = "silu") -> Tensor:
+    """The same as `qlazy_kernels.gate_up.gemv_gate_up_int4` from the unpacked weights.
+
+    Args:
+        x: (..., K).
+        gate_NK: float64.
+        up_NK: float64.
+        activation: `silu` or `gelu_tanh`.
+
+    Returns:
+        (..., N) float64.
+
+    Memory: float64 copies of `x` and three of the result.
+    """
+    gate = product(x, gate_NK)
+    act = torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+    return act * product(x, up_NK)
+
+
+def grouped(x: Tensor, weight_ENK: Tensor, counts: Tensor) -> Tensor:
+    """The same as the products of `qlazy_kernels.grouped` from the unpacked weights: one expert after the other.
+
+    Args:
+        x: (T, K), sorted by expert.
+        weight_ENK: float64.
+        counts: (E,) tokens of each expert.
+
+    Returns:
+        (T, N) float64.
+
+    Memory: float64 copies of `x` and two of the result.
+    """
+    parts = x.split(counts.tolist())
+    return torch.cat([product(part, weight) for part, weight in zip(parts, weight_ENK, strict=True)])
 
 
 def _scaled(steps_NGk: Tensor, scale_NG: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from qlazy_kernels import reference
 
 from qlazy import codebook
-from tests.kernels.packed import random_int4, random_int8, require_same
+from tests.kernels.packed import random_codebook4, random_int4, random_int8, require_same
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -47,18 +47,12 @@ def test_int8_equals_reference(kernels, rows, columns, groups, dtype):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(("rows", "columns", "start"), [(9, 256, 2), (5, 77, 2), (40, 515, 32), (1, 1, 0)])
 def test_codebook4_equals_reference_and_package(kernels, kind, double_quant, rows, columns, start):
-    weight = torch.randn((rows, columns), generator=torch.Generator().manual_seed(rows))
     count = rows * columns
-    packed, absmax = torch.empty(-(-count // 2), dtype=torch.uint8), torch.empty(-(-count // 64))
-    codebook.quantize_blocks(weight, kind, packed_out=packed, absmax_out=absmax)
-    nested = None
-    if double_quant:
-        absmax, *rest = codebook.nest_absmax(absmax)
-        nested = (codebook.nested_code(), *rest)
+    packed, absmax, nested = random_codebook4(rows, columns, kind, nested=double_quant)
     given = {"rows": rows, "columns": columns, "dtype": torch.float32}
     expected = reference.dequantize_codebook4(packed, absmax, codebook.CODES[kind], nested, **given)
-    assert torch.equal(kernels.dequantize.dequantize_codebook4(packed, absmax, codebook.CODES[kind], nested, **given), expected)
-    part = kernels.dequantize.dequantize_codebook4(packed, absmax, codebook.CODES[kind], nested, start=start, **given)
+    assert torch.equal(kernels.codebook4.dequantize_codebook4(packed, absmax, codebook.CODES[kind], nested, **given), expected)
+    part = kernels.codebook4.dequantize_codebook4(packed, absmax, codebook.CODES[kind], nested, start=start, **given)
     assert torch.equal(part, expected[start:])
     full = absmax if nested is None else codebook.unnest_absmax(absmax, nested[1], nested[2])
     ours = codebook.dequantize_blocks(packed, full, kind, torch.float32, 0, count)
@@ -119,6 +113,6 @@ def test_int4_refuses_with_the_numbers(kernels, change, numbers):
 def test_codebook4_refuses_with_the_numbers(kernels, change, numbers):
     good = {"weight_packed": torch.zeros(64, dtype=torch.uint8), "absmax": torch.zeros(2), "code": torch.zeros(16)}
     with pytest.raises(ValueError) as caught:
-        kernels.dequantize.dequantize_codebook4(**(good | change), rows=2, columns=64, dtype=torch.float32)
+        kernels.codebook4.dequantize_codebook4(**(good | change), rows=2, columns=64, dtype=torch.float32)
     for number in numbers:
         assert number in str(caught.value)

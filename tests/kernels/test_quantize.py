@@ -92,7 +92,7 @@ def test_codebook4_gives_bitsandbytes_bytes(kernels, kind, rows, columns, dtype)
     packed, absmax = torch.empty(-(-count // 2), dtype=torch.uint8), torch.empty(-(-count // 64))
     codebook.quantize_blocks(weight, kind, packed_out=packed, absmax_out=absmax)
     values, order = codebook.CODES[kind].sort(stable=True)
-    got = kernels.quantize.quantize_codebook4(weight, (values[:-1] + values[1:]) / 2, order.int())
+    got = kernels.codebook4.quantize_codebook4(weight, (values[:-1] + values[1:]) / 2, order.int())
     assert same_bytes(got[0], packed)
     assert same_bytes(got[1], absmax)
 
@@ -103,7 +103,7 @@ def test_values_on_a_boundary_between_codes(kernels):
     weight = torch.cat([torch.ones(1), bounds, bounds.nextafter(torch.ones(15)), torch.zeros(33)])
     packed, absmax = torch.empty(32, dtype=torch.uint8), torch.empty(1)
     codebook.quantize_blocks(weight, "nf4", packed_out=packed, absmax_out=absmax)
-    assert same_bytes(kernels.quantize.quantize_codebook4(weight, bounds, order.int())[0], packed)
+    assert same_bytes(kernels.codebook4.quantize_codebook4(weight, bounds, order.int())[0], packed)
 
 
 def test_bytes_of_float8_are_weights(kernels):
@@ -132,7 +132,7 @@ def test_a_group_that_is_not_finite_says_so(kernels, bad):
     scale = kernels.quantize.quantize_int8(weight, group_size=32, scale_dtype=FP32)[1]
     assert scale.isfinite().logical_not().nonzero().tolist() == [[3, 1]]
     values, order = codebook.CODES["nf4"].sort(stable=True)
-    absmax = kernels.quantize.quantize_codebook4(weight, (values[:-1] + values[1:]) / 2, order.int())[1]
+    absmax = kernels.codebook4.quantize_codebook4(weight, (values[:-1] + values[1:]) / 2, order.int())[1]
     assert absmax.isfinite().logical_not().nonzero().tolist() == [[3]]
     byte = torch.zeros((8, 64), dtype=torch.uint8)
     byte[2, 1] = 0xFF
@@ -166,4 +166,4 @@ def test_the_others_refuse_with_the_numbers(kernels):
     with pytest.raises(ValueError, match="48 does not divide 64 columns"):
         kernels.quantize.quantize_int8(torch.zeros(8, 64), group_size=48, scale_dtype=FP32)
     with pytest.raises(ValueError, match=r"bounds is .* with 14 elements"):
-        kernels.quantize.quantize_codebook4(torch.zeros(64), torch.zeros(14), torch.zeros(16, dtype=torch.int32))
+        kernels.codebook4.quantize_codebook4(torch.zeros(64), torch.zeros(14), torch.zeros(16, dtype=torch.int32))

@@ -1,0 +1,145 @@
+"""Rows of a packed embedding by their index: what `torch.nn.functional.embedding` does, with only those rows unpacked.
+
+Shape legend: T = indices, N = rows of the table, K = columns, G = groups along K, P = packed words along K.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from qlazy_kernels.checks import Extent, check_int4, check_int8, result
+from qlazy_kernels.dequantize import dequantize_int4_kernel, dequantize_int8_kernel
+from qlazy_kernels.tiles import Tile, span_of
+
+TILE = Tile(block_n=1, block_k=1024)
+"""Default: a piece of one row a program, as neighbouring indices point anywhere."""
+
+
+def gather_int4(
+    index: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None = None,
+    *,
+    columns: int | None = None,
+    dtype: torch.dtype | None = None,
+    tile: Tile = TILE,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rows of a four-bit table, `w = (code - zero) * scale`; bits lie as `qlazy_kernels.dequantize.dequantize_int4` draws them.
+
+    Args:
+        index: (...) int32 or int64, on a CUDA device.
+        weight_packed: (N, P) int32, contiguous, same device.
+        weight_scale: (N, G) float16, bfloat16 or float32, contiguous.
+        weight_zero_point: (ceil(N / 8), G) int32, contiguous; None = 8 everywhere (symmetric).
+        columns: K, where the last word is not full; None = 8 P.
+        dtype: float16, bfloat16 or float32; None = the dtype of the scales.
+        tile: How to cut the work.
+        out: (..., K) of `dtype` to write into; None = new.
+
+    Returns:
+        (..., K) in `dtype`. A row whose index is below 0 or not below N is NaN: it is seen, and nothing else is read.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not belong together; the message has both numbers.
+
+    Memory: the result.
+    """
+    extent = check_int4(weight_packed, weight_scale, weight_zero_point, columns)
+    rows = _rows(index, weight_packed)
+    y = result(out, (*index.shape, extent.columns), weight_scale.dtype if dtype is None else dtype, weight_packed.device)
+    if rows.numel() == 0:
+        return y
+    sizes, options, grid = _launch(extent, rows, tile)
+    with torch.cuda.device_of(y):
+        dequantize_int4_kernel[grid](
+            rows,
+            weight_packed,
+            weight_scale,
+            weight_packed if weight_zero_point is None else weight_zero_point,
+            y,
+            0,
+            rows.numel(),
+            extent.rows,
+            extent.columns,
+            extent.words,
+            *sizes,
+            HAS_ZERO=weight_zero_point is not None,
+            **options,
+        )
+    return y
+
+
+def gather_int8(
+    index: Tensor,
+    weight_packed: Tensor,
+    weight_scale: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    tile: Tile = TILE,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rows of an eight-bit table, `w = q * scale`, one byte `q` in -127..127 a weight.
+
+    Args:
+        index: (...) int32 or int64, on a CUDA device.
+        weight_packed: (N, K) int8, contiguous, same device.
+        weight_scale: (N, G) float16, bfloat16 or float32, contiguous; G divides K.
+        dtype: float16, bfloat16 or float32; None = the dtype of the scales.
+        tile: How to cut the work.
+        out: (..., K) of `dtype` to write into; None = new.
+
+    Returns:
+        (..., K) in `dtype`. A row whose index is below 0 or not below N is NaN: it is seen, and nothing else is read.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not belong together; the message has both numbers.
+
+    Memory: the result.
+    """
+    extent = check_int8(weight_packed, weight_scale)
+    rows = _rows(index, weight_packed)
+    y = result(out, (*index.shape, extent.columns), weight_scale.dtype if dtype is None else dtype, weight_packed.device)
+    if rows.numel() == 0:
+        return y
+    sizes, options, grid = _launch(extent, rows, tile)
+    with torch.cuda.device_of(y):
+        dequantize_int8_kernel[grid](
+            rows,
+            weight_packed,
+            weight_scale,
+            y,
+            0,
+            rows.numel(),
+            extent.rows,
+            extent.columns,
+            *sizes,
+            **options,
+        )
+    return y
+
+
+def _launch(extent: Extent, rows: Tensor, tile: Tile) -> tuple[tuple[int, int], dict[str, int | bool], tuple[int, int]]:
+    """Groups and spans of a group, what is compiled in, and the grid."""
+    span = span_of(extent.group_size, tile.block_k) if extent.groups > 1 else tile.block_k
+    options = {
+        "ONE_GROUP": extent.groups == 1,
+        "HAS_INDEX": True,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "SPAN": span,
+        "num_warps": tile.num_warps,
+    }
+    grid = (triton.cdiv(rows.numel(), tile.block_n), triton.cdiv(extent.columns, tile.block_k))
+    return (extent.groups, max(1, extent.group_size // span)), options, grid
+
+
+def _rows(index: Tensor, packed: Tensor) -> Tensor:
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"index is {index.dtype}; it must be torch.int32 or torch.int64.")
+    if index.device != packed.device:
+        raise ValueError(f"index is on {index.device}, the table on {packed.device}; they need one device.")
+    return index.reshape(-1).contiguous()
