@@ -177,7 +177,7 @@ class TorchModel:
         import torch
 
         tokens = torch.tensor([ids])
-        with torch.inference_mode():
+        with torch.no_grad():
             self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True, logits_to_keep=1)
 
     def decode(self, ids: Sequence[int], new_tokens: int) -> tuple[list[int], list[float]]:

@@ -140,7 +140,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         left.plot(sizes, [row["load_s"] for row in chosen], marker=marker, label=f"{cache} page cache")
         right.plot(sizes, [row["anonymous_peak_bytes"] / 2**30 for row in chosen], marker=marker, label=f"{cache} page cache")
     for row in (row for row in rows if row["cache"] == "cold"):
-        left.annotate(row["shape"], (row["file_bytes"] / 1e9, row["load_s"]), textcoords="offset points", xytext=(4, 6))
+        left.annotate(
+            row["shape"], (row["file_bytes"] / 1e9, row["load_s"]), textcoords="offset points", xytext=(-4, 6), ha="right"
+        )
     weights = sorted({(row["file_bytes"] / 1e9, row["weight_bytes"] / 2**30) for row in rows})
     right.plot(*zip(*weights, strict=True), color="gray", linestyle="--", label="packed weights")
     left.set(xlabel="bfloat16 files, GB", ylabel="load to int4, s", xlim=0, ylim=0)
