@@ -143,7 +143,9 @@ def _as_recorded(result: Tensor, slot: Slot, geometry: Geometry, taken: set[int]
     if geometry_of(result) == geometry and storage._cdata not in taken and storage.nbytes() >= slot.nbytes:
         return storage
     storage = UntypedStorage(slot.nbytes)
-    tensor_on(storage, geometry).copy_(result)
+    # For statistics that only a gradient needs, batch norm's real kernel gives nothing, where that of meta gives their shape.
+    if result.numel():
+        tensor_on(storage, geometry).copy_(result)
     return storage
 
 

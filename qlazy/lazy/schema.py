@@ -34,6 +34,8 @@ _REPOINTS = {
 
 _ALSO_WRITES = {aten.native_batch_norm.default: ("running_mean", "running_var")}
 """Arguments that are written to although the schema does not say so."""
+_WRITES_IF = {aten.native_batch_norm.default: 5}
+"""Of these only where that argument, `training`, is true."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,13 @@ class Facts:
     """It can be told on which device to make its result."""
     writes: tuple[tuple[int, str], ...]
     """Arguments that are written to: place and name."""
+    writes_if: int | None
+    """The place of an argument that must be true for that; None where it always is."""
 
     def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors that a call writes to."""
+        if self.writes_if is not None and not args[self.writes_if]:
+            return []
         found = [args[place] if place < len(args) else kwargs.get(name) for place, name in self.writes]
         return list(tensors((found,)))
 
@@ -77,6 +83,7 @@ def facts_of(func: Any) -> Facts:
         overwrites=func in OVERWRITES,
         has_device=any(argument.name == "device" for argument in func._schema.arguments),
         writes=() if func in _REPOINTS else tuple(writes),
+        writes_if=_WRITES_IF.get(func),
     )
 
 

@@ -154,6 +154,7 @@ def forward_and_backward(m: nn.Module) -> None:
     m.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
     m.width = m.body(torch.randn(1, 3, 8, 8)).shape[1]
     m.head = nn.Linear(m.width, 2)
+    m.shape_of_eval = m.body.eval()(torch.zeros(1, 3, 6, 6)).shape[1] + int(m.body(torch.ones(1, 3, 6, 6)).sum() * 0)
     m.dynamic = nn.LazyLinear(3)
     m.dynamic(torch.ones(1, 4))
     m.trained = nn.Linear(2, 2)
