@@ -2,9 +2,9 @@
 
     python benchmarks/lazy_census.py [--libraries transformers timm ...] [--families bert vit ...] [--results FILE]
 
-All model types of transformers with every class of the auto mappings, shrunk; one model for each family of timm and of
-torchvision; diffusers' models. A library that is not installed is left out, and what needs one is listed. They go into a folder
-of their own, so that nothing replaces torch:
+All model types of transformers with every class of the auto mappings (of their modules, where those have none), shrunk; one
+model for each family of timm and of torchvision; diffusers' models. A library that is not installed is left out, and what
+needs one is listed. They go into a folder of their own, so that nothing replaces torch:
 
     pip install --no-deps --target .cache/census timm diffusers "torchvision==0.28.*" importlib_metadata zipp Pillow
     PYTHONPATH=.cache/census python benchmarks/lazy_census.py

@@ -7,9 +7,11 @@ eagerly is the one to compare.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -183,7 +185,7 @@ def compare_first(ways: Sequence[Build], seed: int = 0) -> Comparison:
 
 
 def head_classes(model_type: str) -> list[str]:
-    """Names of the classes that the auto mappings have for a model type, base class first."""
+    """Names of the classes that the auto mappings have for a model type, base class first; else those that its module has."""
     from transformers.models.auto import modeling_auto
 
     found = []
@@ -191,7 +193,29 @@ def head_classes(model_type: str) -> list[str]:
     for mapping in sorted(mappings, key=lambda name: name != "MODEL_MAPPING_NAMES"):
         names = getattr(modeling_auto, mapping).get(model_type, ())
         found += [names] if isinstance(names, str) else names
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)) or _of_module(model_type)
+
+
+def _of_module(model_type: str) -> list[str]:
+    """Classes that take this type's config: parts of other models, mostly."""
+    from transformers import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[model_type]
+    return [
+        name
+        for name, cls in vars(_modeling(model_type)).items()
+        if isinstance(cls, type) and vars(cls).get("config_class", getattr(cls, "config_class", None)) is config_class
+        if issubclass(cls, nn.Module) and not name.endswith("PreTrainedModel")
+    ]
+
+
+def _modeling(model_type: str) -> ModuleType:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return importlib.import_module(CONFIG_MAPPING[model_type].__module__.replace(".configuration_", ".modeling_"))
+    except ModuleNotFoundError:
+        return ModuleType(model_type)
 
 
 def _transformers(model_type: str, class_name: str, factor: int) -> nn.Module:
@@ -199,7 +223,7 @@ def _transformers(model_type: str, class_name: str, factor: int) -> nn.Module:
 
     from tests.lazy.shrink import tiny_config
 
-    cls = getattr(transformers, class_name)
+    cls = getattr(transformers, class_name, None) or getattr(_modeling(model_type), class_name)
     return cls(tiny_config(model_type, factor, cls.config_class))  # type: ignore[no-any-return]
 
 
