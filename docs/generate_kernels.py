@@ -320,8 +320,8 @@ def compile_for(variant: Variant, capability: int) -> dict[str, Any]:
         capability: 80 for sm_80, and so on.
 
     Returns:
-        `registers`, `spills` (bytes of local memory and stack), `shared` (bytes), `instructions`, and the loads and stores of
-        global memory by width in bits.
+        `registers`, `spills` (bytes of local memory and stack), `shared` (bytes), `flushing` (arithmetic that takes subnormal
+        numbers for 0), `float64` (instructions), `instructions`, and the loads and stores of global memory by width in bits.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -341,12 +341,16 @@ def compile_for(variant: Variant, capability: int) -> dict[str, Any]:
         file.flush()
         usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True, stderr=subprocess.DEVNULL)
         code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True, stderr=subprocess.DEVNULL)
+    wide = re.findall(r"\.f64\b", compiled.asm["ptx"])
+    flushing = re.findall(r"\b(?:add|sub|mul|fma)\.[a-z.]*ftz\S*", compiled.asm["ptx"])
     used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
     instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
     return {
         "registers": used["REG"],
         "spills": used["STACK"] + used["LOCAL"],
         "shared": compiled.metadata.shared,
+        "flushing": len(flushing),
+        "float64": len(wide),
         "instructions": len(instructions),
         "loads": widths(instructions, "LDG", "LDGSTS"),
         "stores": widths(instructions, "STG"),
@@ -387,6 +391,11 @@ def page() -> str:
         for capability, one in made.items():
             assert one["spills"] == 0 and one["registers"] <= 255, (variant.name, capability, one)
             assert one["shared"] <= SHARED_LIMIT[capability], (variant.name, capability, one)
+            assert one["flushing"] == one["float64"] == 0, (
+                variant.name,
+                capability,
+                one,
+            )  # products with few tokens live on subnormal numbers
         cells = [f"{one['registers']} / {one['shared'] / 1024:.1f}" for one in made.values()]
         at90 = made[90]
         loads, stores = (", ".join(f"{n} x {bits}" for bits, n in at90[k].items()) for k in ("loads", "stores"))
@@ -402,11 +411,11 @@ INTRODUCTION = """# Kernels
 
 Every kernel of `qlazy_kernels`, compiled ahead of time with Triton {triton} for sm_80 (A100), sm_86 (RTX 30), sm_89 (RTX 40),
 sm_90 (H100) and sm_120 (RTX 50), in the tiles that its defaults give. A cell of a generation is registers of a thread / KiB of
-shared memory of a block. No variant spills a register; the generator refuses one that does, or that takes more shared memory
-than 99 KiB on sm_86, sm_89 and sm_120, 163 KiB on sm_80 or 227 KiB on sm_90. Loads and stores are instructions by width in
-bits, SASS counts all instructions, tensor cores the matrix instructions, on sm_90. What each kernel computes, its bit layout
-and its limits stand in its docstring, and in plain torch in `qlazy_kernels/reference.py`. No kernel uses atomics: the same
-input gives the same bits.
+shared memory of a block. No variant spills a register or flushes subnormal numbers; the generator refuses one that does, or
+that takes more shared memory than 99 KiB on sm_86, sm_89 and sm_120, 163 KiB on sm_80 or 227 KiB on sm_90. Loads and stores
+are instructions by width in bits, SASS counts all instructions, tensor cores the matrix instructions, on sm_90. What each
+kernel computes, its bit layout and its limits stand in its docstring, and in plain torch in `qlazy_kernels/reference.py`. No
+kernel uses atomics: the same input gives the same bits.
 
 These are counts of a compiler, not times.
 

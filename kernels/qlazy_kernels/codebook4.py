@@ -204,7 +204,8 @@ def quantize_codebook4_kernel(
     w = load_weight(weight + element, element < count, FP8)
     poison = tl.sum(w * 0.0, axis=1)
     absmax = tl.max(tl.abs(w), axis=1)
-    divisor = tl.maximum(absmax, 1e-38)
+    # As fp32: Triton takes a number below the least normal one for float64.
+    divisor = tl.maximum(absmax, tl.full((BLOCK_B,), 1e-38, tl.float32))
     # A block is multiplied by the inverse, a last one that is not full is divided.
     full = block * 64 + 64 <= count
     scaled = tl.where(full[:, None], w * tl.div_rn(1.0, divisor)[:, None], tl.div_rn(w, divisor[:, None]))
