@@ -449,3 +449,23 @@ def test_scripted_functions_and_modules():
         torch.manual_seed(0)
         lazy = materialize(lazy_build(build))
     assert torch.equal(lazy.scripted(torch.ones(1, 3)), eager.scripted(torch.ones(1, 3)))
+
+
+def test_adapters_around_a_real_layer_keep_their_init():
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+            self.lora_a, self.lora_b = nn.Linear(4, 2, bias=False), nn.Linear(2, 3, bias=False)
+            nn.init.zeros_(self.lora_b.weight)
+
+    base = nn.Linear(4, 3)
+    kept = base.weight.clone()
+    torch.manual_seed(0)
+    eager = Adapted(base)
+    torch.manual_seed(0)
+    lazy = lazy_build(Adapted, base)
+    assert lazy.base is base and lazy.lora_a.weight.is_meta and not base.weight.is_meta
+    materialize(lazy)
+    assert torch.equal(lazy.lora_a.weight, eager.lora_a.weight) and not lazy.lora_b.weight.any()
+    assert lazy.lora_a.weight.any() and torch.equal(base.weight, kept)
