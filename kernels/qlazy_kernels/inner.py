@@ -59,7 +59,11 @@ def multiply_rows(
     zero = tl.full((BLOCK_N, SPANS), 1 << (BITS - 1), tl.int32)
     if ONE_GROUP and HAS_ZERO:
         zero = (tl.load(zeros, mask=row_ok[:, None], other=0) >> zero_shift & 0xF) + zero * 0
-    total = tl.full((BLOCK_M, BLOCK_N, SPANS, WORDS), 0.0, tl.float32)
+    # One token needs no dimension of its own, and Triton 3.6 finds better layouts without it.
+    if BLOCK_M == 1:
+        total = tl.full((BLOCK_N, SPANS, WORDS), 0.0, tl.float32)
+    else:
+        total = tl.full((BLOCK_M, BLOCK_N, SPANS, WORDS), 0.0, tl.float32)
     for start in range(0, columns, BLOCK_K):
         word_ok = row_ok[:, None, None] & (word < words - start // CODES)[None, :, :]
         codes = tl.load(packed + start // CODES, mask=word_ok, other=0, eviction_policy="evict_first")
@@ -80,6 +84,8 @@ def multiply_rows(
             product = times_int8(codes, x_parts, zero[:, :, None], x_MK.dtype.element_ty == tl.float32)
         if ONE_GROUP:
             total += product
+        elif BLOCK_M == 1:
+            total += product * scale[:, :, None]
         else:
             total += product * scale[None, :, :, None]
     y = tl.sum(tl.reshape(total, (BLOCK_M, BLOCK_N, SPANS * WORDS)), axis=2) * 38685626227668133590597632.0  # 2**85
@@ -92,7 +98,7 @@ def multiply_rows(
 def times_int4(words, x, zero, EXACT: tl.constexpr):
     """Sum of (code - zero) * x over the eight codes of each word, times 2**-85.
 
-    Args: words (N, S, W) int32, x (M, S, W, 2, 2, 2) fp32, zero (N, S, 1) int32. Returns (M, N, S, W).
+    Args: words (N, S, W) int32, x (M, S, W, 2, 2, 2) fp32, zero (N, S, 1) int32. Returns (M, N, S, W), for one token (N, S, W).
     EXACT takes the zero off each code, one more addition a weight: as precise as fp32 activations are.
     """
     even, odd = tl.split(x)
@@ -106,14 +112,14 @@ def times_int4(words, x, zero, EXACT: tl.constexpr):
     high = codes >> 12  # code 5 would reach into the exponent where it stands
     x_sum = ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
     total = _offset(x_sum, zero, EXACT)
-    total += _place(codes, 0, 4, zero, EXACT) * (x0 * 18446744073709551616.0)[:, None]  # 2**64
-    total += _place(codes, 4, 4, zero, EXACT) * (x1 * 1152921504606846976.0)[:, None]  # 2**60
-    total += _place(codes, 8, 4, zero, EXACT) * (x2 * 72057594037927936.0)[:, None]  # 2**56
-    total += _place(codes, 12, 4, zero, EXACT) * (x3 * 4503599627370496.0)[:, None]  # 2**52
-    total += _place(codes, 16, 4, zero, EXACT) * (x4 * 281474976710656.0)[:, None]  # 2**48
-    total += _place(high, 8, 4, zero, EXACT) * (x5 * 72057594037927936.0)[:, None]
-    total += _place(high, 12, 4, zero, EXACT) * (x6 * 4503599627370496.0)[:, None]
-    total += _place(high, 16, 4, zero, EXACT) * (x7 * 281474976710656.0)[:, None]
+    total += outer(_place(codes, 0, 4, zero, EXACT), x0 * 18446744073709551616.0)  # 2**64
+    total += outer(_place(codes, 4, 4, zero, EXACT), x1 * 1152921504606846976.0)  # 2**60
+    total += outer(_place(codes, 8, 4, zero, EXACT), x2 * 72057594037927936.0)  # 2**56
+    total += outer(_place(codes, 12, 4, zero, EXACT), x3 * 4503599627370496.0)  # 2**52
+    total += outer(_place(codes, 16, 4, zero, EXACT), x4 * 281474976710656.0)  # 2**48
+    total += outer(_place(high, 8, 4, zero, EXACT), x5 * 72057594037927936.0)
+    total += outer(_place(high, 12, 4, zero, EXACT), x6 * 4503599627370496.0)
+    total += outer(_place(high, 16, 4, zero, EXACT), x7 * 281474976710656.0)
     return total
 
 
@@ -126,10 +132,10 @@ def times_int8(words, x, zero, EXACT: tl.constexpr):
     codes = words.to(tl.uint32, bitcast=True) ^ 0x80808080
     high = codes >> 16
     total = _offset((x0 + x1) + (x2 + x3), zero, EXACT)
-    total += _place(codes, 0, 8, zero, EXACT) * (x0 * 18446744073709551616.0)[:, None]  # 2**64
-    total += _place(codes, 8, 8, zero, EXACT) * (x1 * 72057594037927936.0)[:, None]  # 2**56
-    total += _place(high, 0, 8, zero, EXACT) * (x2 * 18446744073709551616.0)[:, None]
-    total += _place(high, 8, 8, zero, EXACT) * (x3 * 72057594037927936.0)[:, None]
+    total += outer(_place(codes, 0, 8, zero, EXACT), x0 * 18446744073709551616.0)  # 2**64
+    total += outer(_place(codes, 8, 8, zero, EXACT), x1 * 72057594037927936.0)  # 2**56
+    total += outer(_place(high, 0, 8, zero, EXACT), x2 * 18446744073709551616.0)
+    total += outer(_place(high, 8, 8, zero, EXACT), x3 * 72057594037927936.0)
     return total
 
 
@@ -137,19 +143,29 @@ def times_int8(words, x, zero, EXACT: tl.constexpr):
 def _offset(x_sum, zero, EXACT: tl.constexpr):
     """What a sum of products starts from: the zero's share, once for all codes of a word."""
     if EXACT:
-        start = tl.zeros_like(x_sum)[:, None]
+        start = outer(tl.zeros_like(zero).to(tl.float32), tl.zeros_like(x_sum))
     else:
-        start = zero.to(tl.float32)[None] * (x_sum * -2.5849394142282115e-26)[:, None]  # -2**-85
+        start = outer(zero.to(tl.float32), x_sum * -2.5849394142282115e-26)  # -2**-85
     return start
 
 
 @triton.jit
+def outer(weight, x):
+    """(N, S, W) times (M, S, W): (M, N, S, W), and for one token (N, S, W)."""
+    if x.shape[0] == 1:
+        product = weight * x
+    else:
+        product = weight[None] * x[:, None]
+    return product
+
+
+@triton.jit
 def _place(codes, SHIFT: tl.constexpr, BITS: tl.constexpr, zero, EXACT: tl.constexpr):
-    """The code at bit SHIFT as a subnormal float, (1, N, S, W): value or distance from zero, times 2**(SHIFT - 149)."""
+    """The code at bit SHIFT as a subnormal float, (N, S, W): value or distance from zero, times 2**(SHIFT - 149)."""
     value = (codes & (((1 << BITS) - 1) << SHIFT)).to(tl.float32, bitcast=True)
     if EXACT:
         value -= (zero << SHIFT).to(tl.float32, bitcast=True)
-    return value[None]
+    return value
 
 
 @triton.jit
