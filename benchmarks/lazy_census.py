@@ -58,7 +58,15 @@ def work(library: str, families: list[str]) -> None:
 
         torch.set_num_threads(1)
         for family in families:
-            for name, ways in zoo.builders(library, family):
+            models = list(zoo.builders(library, family))
+            if not models:
+                nothing = {
+                    "status": "unbuildable",
+                    "reason": "no model class of its own: part of another model",
+                    "differences": [],
+                }
+                print(json.dumps({"library": library, "family": family, "name": "", **nothing}), file=out, flush=True)
+            for name, ways in models:
                 started = time.perf_counter()
                 result = dataclasses.asdict(zoo.compare_first(ways))
                 result["differences"] = result["differences"][:20]
@@ -132,7 +140,11 @@ def page(results: list[dict[str, Any]]) -> str:
     ]
     for status, title, text in (
         ("unequal", "Unequal", "Differ from eager construction, or cannot be built lazily."),
-        ("unbuildable", "Left out", "Eager construction itself fails from the default config, shrunk or not; with its error."),
+        (
+            "unbuildable",
+            "Left out",
+            "Eager construction itself fails from the default config, shrunk or not; or there is no class to build.",
+        ),
     ):
         found = [result for result in results if result["status"] == status]
         if found:
