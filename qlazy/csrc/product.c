@@ -12,6 +12,7 @@
  */
 #include "halves.h"
 #include "simd.h"
+#include <math.h>
 #include <stdlib.h>
 
 enum { INT4 = 0, INT8 = 1, CODEBOOK4 = 2 };
@@ -19,7 +20,8 @@ enum { BFLOAT16 = 0, FLOAT32 = 1, FLOAT16 = 2 };
 
 #define BLOCK 32          /* columns of x that share a scale */
 #define CODE_ONE 8191     /* 1.0 of a codebook: eight products with 16-bit x still fit in 32 bits */
-#define PREFETCH 4096     /* bytes ahead: hardware does not look beyond a page */
+#define PREFETCH 1024     /* bytes ahead to the first-level cache, */
+#define FAR_PREFETCH 12288 /* and to the second: hardware does not look beyond a page */
 #define TILE 4            /* tokens whose sums are kept in registers together */
 
 typedef struct {
@@ -46,6 +48,13 @@ INLINE void store_one(void *to, int64_t at, int64_t dtype, float value) {
     else ((float *)to)[at] = value;
 }
 
+static void load_row(const qlazy_product *p, int64_t m, float *to) {
+    const int64_t columns = p->columns;
+    if (p->x_dtype == FLOAT32) memcpy(to, (const float *)p->x + m * columns, (size_t)columns * sizeof *to);
+    else if (p->x_dtype == FLOAT16) for (int64_t k = 0; k < columns; k++) to[k] = load_float16(((const uint16_t *)p->x)[m * columns + k]);
+    else for (int64_t k = 0; k < columns; k++) to[k] = load_bfloat16(((const uint16_t *)p->x)[m * columns + k]);
+}
+
 /* x as the loop wants it, all arrays of one plane after the other. */
 typedef struct {
     int16_t *words; /* (planes, chunks, parts, 2 * LANES) */
@@ -60,42 +69,48 @@ typedef struct {
     const int32_t *spread;          /* (batch, LANES): which scale of the batch each lane of a chunk needs */
 } shape;
 
-/* One plane: columns -> words, scales, and sums by group. `rest` (K) is x, and where `keep_rest` then what the words left over. */
-static void prepare_plane(const shape *s, const qlazy_product *p, float *rest, int keep_rest, int16_t *words, float *scale, float *sum) {
-    const int64_t columns = p->columns;
-    const int64_t order4[4] = {0, 1, 2, 3}, order_high[4] = {1, 0, 3, 2}, *order = p->kind == CODEBOOK4 ? order_high : order4;
+/* One plane: columns -> words, scales, and sums by group. `rest` (K) is x, and where `keep_rest` then what the words left over.
+ * Every loop has a constant number of rounds, so that the compiler makes vectors of them. */
+INLINE void prepare_plane(
+    const shape *s, const qlazy_product *p, float *rest, int keep_rest, const int parts, int16_t *words, float *scale, float *sum) {
+    const int per_lane = 2 * parts, chunk = LANES * per_lane, in_order[4] = {0, 1, 2, 3}, high_first[4] = {1, 0, 3, 2};
+    const int *order = p->kind == CODEBOOK4 ? high_first : in_order;
     memset(words, 0, (size_t)(s->chunks * s->chunk) * sizeof *words);
     memset(scale, 0, (size_t)(s->chunks * LANES) * sizeof *scale);
     memset(sum, 0, (size_t)(s->groups + LANES) * sizeof *sum);
-    for (int64_t first = 0; first < columns; first += BLOCK) {
-        const int64_t count = columns - first < BLOCK ? columns - first : BLOCK;
-        float widest = 0.0f, total = 0.0f;
-        int16_t codes[BLOCK] = {0};
-        for (int64_t k = 0; k < count; k++) {
-            const float size = rest[first + k] < 0.0f ? -rest[first + k] : rest[first + k];
-            widest = size > widest || size != size ? size : widest;
+    for (int64_t first = 0; first < p->columns; first += BLOCK) {
+        const int64_t count = p->columns - first < BLOCK ? p->columns - first : BLOCK;
+        float values[BLOCK] = {0}, widest;
+        uint32_t bits[BLOCK], most = 0;
+        int16_t codes[BLOCK];
+        int32_t total = 0;
+        if (count == BLOCK) memcpy(values, rest + first, sizeof values);
+        else memcpy(values, rest + first, (size_t)count * sizeof *values);
+        memcpy(bits, values, sizeof bits);
+        for (int k = 0; k < BLOCK; k++) { /* as integers, magnitudes have the same order, infinity and NaN above all others */
+            const uint32_t size = bits[k] & 0x7fffffffu;
+            most = size > most ? size : most;
         }
-        if (!(widest - widest == 0.0f)) scale[first / s->per_lane] = widest - widest; /* NaN: whatever is not finite shows in y */
-        if (!(widest > 1e-30f) || !(widest - widest == 0.0f)) {
-            if (!(widest - widest == 0.0f)) sum[first / p->group] = widest - widest;
-            continue; /* too small for its inverse, and for anything else in a sum of ordinary numbers */
+        memcpy(&widest, &most, 4);
+        const int64_t lane = first / per_lane, lanes = (count + per_lane - 1) / per_lane;
+        if (most >= 0x7f800000u) { /* whatever is not finite shows in y */
+            for (int64_t i = 0; i < lanes; i++) scale[lane + i] = NAN;
+            sum[first / p->group] = NAN;
+            continue;
         }
+        if (widest <= 1e-30f) continue; /* too small for its inverse, and for anything in a sum of ordinary numbers */
         const float unit = widest / 32767.0f, inverse = 32767.0f / widest;
-        for (int64_t k = 0; k < count; k++) {
-            const float real = rest[first + k] * inverse;
+        for (int k = 0; k < BLOCK; k++) {
+            const float real = values[k] * inverse;
             codes[k] = (int16_t)(int32_t)(real + (real < 0.0f ? -0.5f : 0.5f));
         }
-        for (int64_t k = 0; k < count; k++) {
-            const float value = (float)codes[k] * unit;
-            total += value;
-            if (keep_rest) rest[first + k] -= value;
-        }
-        sum[first / p->group] -= total;
-        for (int64_t k = first; k < first + count; k++) {
-            const int64_t c = k / s->chunk, inside = k % s->chunk, word = inside / s->parts, part = order[inside % s->parts];
-            words[(c * s->parts + part) * 2 * LANES + word] = codes[k - first];
-        }
-        for (int64_t lane = first / s->per_lane; lane * s->per_lane < first + count; lane++) scale[lane] = unit;
+        for (int k = 0; k < BLOCK; k++) total += codes[k];
+        sum[first / p->group] -= (float)total * unit;
+        if (keep_rest) for (int64_t k = 0; k < count; k++) rest[first + k] -= (float)codes[k] * unit;
+        int16_t *to = words + first / chunk * chunk + first % chunk / parts;
+        for (int part = 0; part < parts; part++)
+            for (int i = 0; i < BLOCK / parts; i++) to[part * 2 * LANES + i] = codes[parts * i + order[part]];
+        for (int64_t i = 0; i < lanes; i++) scale[lane + i] = unit;
     }
 }
 
@@ -139,82 +154,104 @@ INLINE floats load_zeros(const qlazy_product *p, const shape *s, int64_t n, int6
     return load_floats(zeros);
 }
 
+/* One chunk: its codes times the words of `tile` planes, times `factor`, which holds a scale of the weight for each lane. */
+INLINE void add_chunk(
+    const uint8_t *packed, const int kind, const int tile, word_table table, floats factor, const int16_t *x_words, int64_t words_stride,
+    const float *x_scale, int64_t scale_stride, floats *total) {
+    const int parts = kind == INT8 ? 2 : 4;
+    const words w = load_words(packed);
+    words codes[4];
+    if (kind == INT8) codes[0] = low_byte(w), codes[1] = high_byte(w);
+    else for (int r = 0; r < 4; r++) codes[r] = kind == INT4 ? centred(w, 4 * r) : look_up(table, w, 4 * r);
+    for (int m = 0; m < tile; m++) {
+        integers sum = zero_integers();
+        for (int r = 0; r < parts; r++) sum = dot(sum, codes[r], load_words(x_words + m * words_stride + r * 2 * LANES));
+        total[m] = multiply_add(to_floats(sum), multiply(factor, load_floats(x_scale + m * scale_stride)), total[m]);
+    }
+}
+
 /* Row n and `tile` vectors that stand for x. `kind` and `tile` are constants wherever this is inlined. */
 INLINE void product_row(
     const qlazy_product *p, const shape *s, const activations *x, word_table table, const int kind, const int tile, int64_t plane,
     int64_t n, float *out) {
-    const int parts = kind == INT8 ? 2 : 4, vector = 4 * LANES;
-    const int64_t bytes = kind == INT8 ? p->columns : p->columns / 2, stride = s->chunks * s->chunk, sums = s->groups + LANES;
+    const int vector = 4 * LANES, chunk = vector * (kind == INT8 ? 1 : 2);
+    const int64_t bytes = kind == INT8 ? p->columns : p->columns / 2, whole = bytes / vector;
+    const int64_t stride = s->chunks * chunk, sums = s->groups + LANES, scale_stride = s->chunks * LANES;
     const uint8_t *row = p->packed + n * bytes;
     const int16_t *x_words = x->words + plane * stride;
-    const float *x_scale = x->scale + plane * s->chunks * LANES, *x_sum = x->sum + plane * sums;
-    floats total[TILE], scales = zero_floats();
+    const float *x_scale = x->scale + plane * scale_stride, *x_sum = x->sum + plane * sums;
+    const int per_row = s->groups == 1;
+    floats total[TILE], scales, factor = zero_floats();
     for (int m = 0; m < tile; m++) total[m] = zero_floats();
-    for (int64_t c = 0, within = s->batch, g = -LANES; c < s->chunks; c++, within++) {
-        if (within == s->batch) {
-            within = 0, g += LANES;
-            scales = load_scales(p, s, n, g);
-            if (kind == INT4 && p->zero) { /* where codes do not count from 8 */
-                const floats offset = multiply(scales, load_zeros(p, s, n, g));
-                for (int m = 0; m < tile; m++) total[m] = multiply_add(offset, load_floats(x_sum + m * sums + g), total[m]);
-            }
+    for (int64_t c = 0, g = 0; c < s->chunks; g += LANES) {
+        const int64_t end = s->chunks - c < s->batch ? s->chunks : c + s->batch, full = end < whole ? end : whole;
+        const int32_t *spread = s->spread;
+        scales = load_scales(p, s, n, g);
+        if (kind == INT4 && p->zero) { /* where codes do not count from 8 */
+            const floats offset = multiply(scales, load_zeros(p, s, n, g));
+            for (int m = 0; m < tile; m++) total[m] = multiply_add(offset, load_floats(x_sum + m * sums + g), total[m]);
         }
-        const uint8_t *from = row + c * vector;
-        uint8_t last[4 * LANES] = {0};
-        if (bytes - c * vector < vector) memcpy(last, from, (size_t)(bytes - c * vector)), from = last;
-        else if (plane == 0) __builtin_prefetch(from + PREFETCH);
-        const words w = load_words(from);
-        words codes[4];
-        if (kind == INT4) for (int r = 0; r < 4; r++) codes[r] = centred(w, 4 * r);
-        else if (kind == INT8) codes[0] = low_byte(w), codes[1] = high_byte(w);
-        else for (int r = 0; r < 4; r++) codes[r] = look_up(table, w, 4 * r);
-        const floats factor = spread_floats(scales, s->spread + within * LANES);
-        for (int m = 0; m < tile; m++) {
-            const int16_t *at = x_words + m * stride + c * s->chunk;
-            integers sum = zero_integers();
-            for (int r = 0; r < parts; r++) sum = dot(sum, codes[r], load_words(at + r * 2 * LANES));
-            const floats both = multiply(factor, load_floats(x_scale + (m * s->chunks + c) * LANES));
-            total[m] = multiply_add(to_floats(sum), both, total[m]);
+        if (per_row) factor = spread_floats(scales, spread);
+        for (; c < full; c++, spread += LANES) {
+            if (plane == 0) __builtin_prefetch(row + c * vector + PREFETCH, 0, 3), __builtin_prefetch(row + c * vector + FAR_PREFETCH, 0, 2);
+            if (!per_row) factor = spread_floats(scales, spread);
+            add_chunk(row + c * vector, kind, tile, table, factor, x_words + c * chunk, stride, x_scale + c * LANES, scale_stride, total);
+        }
+        if (c < end) { /* what does not fill a vector */
+            uint8_t last[4 * LANES] = {0};
+            memcpy(last, row + c * vector, (size_t)(bytes - c * vector));
+            if (!per_row) factor = spread_floats(scales, spread);
+            add_chunk(last, kind, tile, table, factor, x_words + c * chunk, stride, x_scale + c * LANES, scale_stride, total);
+            c++;
         }
     }
     for (int m = 0; m < tile; m++) out[m] = sum_floats(total[m]);
 }
 
-INLINE void product_rows(const qlazy_product *p, const shape *s, const activations *x, const int kind) {
+/* Row n for all tokens. */
+INLINE void finish_row(
+    const qlazy_product *p, const shape *s, const activations *x, const word_table *tables, const int kind, const int two_planes, int64_t n) {
+    const float bias = p->bias ? load_one(p->bias, n, p->bias_dtype) : 0.0f;
+    const int each = two_planes ? 2 : 1;
+    for (int64_t plane = 0; plane < s->planes;) {
+        float out[TILE], left_over[TILE];
+        const int64_t left = s->planes - plane;
+        const int tile = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (tile == 4) product_row(p, s, x, tables[0], kind, 4, plane, n, out);
+        else if (tile == 2) product_row(p, s, x, tables[0], kind, 2, plane, n, out);
+        else product_row(p, s, x, tables[0], kind, 1, plane, n, out);
+        if (kind == CODEBOOK4 && two_planes) {
+            if (tile == 4) product_row(p, s, x, tables[1], kind, 4, plane, n, left_over);
+            else product_row(p, s, x, tables[1], kind, 2, plane, n, left_over);
+        }
+        for (int m = 0; m < tile; m++) {
+            if (kind == CODEBOOK4) out[m] = (two_planes ? out[m] + left_over[m] / CODE_ONE : out[m]) / CODE_ONE;
+            if (m % each == each - 1) {
+                const float value = two_planes ? out[m - 1] + out[m] : out[m];
+                store_one(p->y, (plane + m) / each * p->rows + n, p->x_dtype, value + bias);
+            }
+        }
+        plane += tile;
+    }
+}
+
+static void product_rows(const qlazy_product *p, const shape *s, const activations *x) {
     /* Values of a codebook as integers; for float32 also what rounding them left over. */
     int16_t values[16] = {0}, rest[16] = {0};
-    if (kind == CODEBOOK4) for (int i = 0; i < 16; i++) {
+    if (p->kind == CODEBOOK4) for (int i = 0; i < 16; i++) {
         const float value = p->code[i] * CODE_ONE;
         values[i] = (int16_t)(int32_t)(value + (value < 0 ? -0.5f : 0.5f));
         const float left = (value - (float)values[i]) * CODE_ONE;
         rest[i] = (int16_t)(int32_t)(left + (left < 0 ? -0.5f : 0.5f));
     }
-    const word_table table = make_table(values), rest_table = make_table(rest);
-    const int64_t each = s->planes / p->tokens;
+    const word_table tables[2] = {make_table(values), make_table(rest)};
+    const int two_planes = s->planes > p->tokens;
     const int64_t share = p->rows / (p->threads * 8) + 1; /* fast and slow cores end together */
 #pragma omp parallel for num_threads(p->threads) schedule(dynamic, share)
-    for (int64_t n = 0; n < p->rows; n++) {
-        const float bias = p->bias ? load_one(p->bias, n, p->bias_dtype) : 0.0f;
-        for (int64_t plane = 0; plane < s->planes;) {
-            float out[TILE], left_over[TILE];
-            const int64_t left = s->planes - plane;
-            const int tile = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            if (tile == 4) product_row(p, s, x, table, kind, 4, plane, n, out);
-            else if (tile == 2) product_row(p, s, x, table, kind, 2, plane, n, out);
-            else product_row(p, s, x, table, kind, 1, plane, n, out);
-            if (kind == CODEBOOK4 && each == 2) {
-                if (tile == 4) product_row(p, s, x, rest_table, kind, 4, plane, n, left_over);
-                else product_row(p, s, x, rest_table, kind, 2, plane, n, left_over);
-            }
-            for (int m = 0; m < tile; m++) {
-                if (kind == CODEBOOK4) out[m] = (each == 2 ? out[m] + left_over[m] / CODE_ONE : out[m]) / CODE_ONE;
-                if (m % each == each - 1) {
-                    const float value = each == 2 ? out[m - 1] + out[m] : out[m];
-                    store_one(p->y, (plane + m) / each * p->rows + n, p->x_dtype, value + bias);
-                }
-            }
-            plane += tile;
-        }
+    for (int64_t n = 0; n < p->rows; n++) { /* constants here: what OpenMP takes out of a function sees none of its arguments */
+        if (p->kind == INT4) finish_row(p, s, x, tables, INT4, two_planes, n);
+        else if (p->kind == INT8) finish_row(p, s, x, tables, INT8, two_planes, n);
+        else finish_row(p, s, x, tables, CODEBOOK4, two_planes, n);
     }
 }
 
@@ -225,7 +262,8 @@ int64_t qlazy_linear(const qlazy_product *p) {
     s.chunks = (p->columns + s.chunk - 1) / s.chunk, s.groups = p->columns / p->group;
     s.batch = s.groups == 1 ? s.chunks : p->group / s.per_lane;
     s.planes = p->x_dtype == FLOAT32 ? 2 * p->tokens : p->tokens;
-    int32_t *spread = malloc((size_t)(s.batch * LANES) * sizeof *spread);
+    const int64_t spreads = s.groups == 1 ? 1 : s.batch;
+    int32_t *spread = malloc((size_t)(spreads * LANES) * sizeof *spread);
     activations x = {
         .words = malloc((size_t)(s.planes * s.chunks * s.chunk) * sizeof(int16_t)),
         .scale = malloc((size_t)(s.planes * s.chunks * LANES) * sizeof(float)),
@@ -234,20 +272,22 @@ int64_t qlazy_linear(const qlazy_product *p) {
     float *rest = malloc((size_t)(p->tokens * p->columns) * sizeof *rest);
     const int got = spread && x.words && x.scale && x.sum && rest;
     if (got) {
-        for (int64_t i = 0; i < s.batch * LANES; i++) spread[i] = s.groups == 1 ? 0 : (int32_t)(i * s.per_lane / p->group);
+        for (int64_t i = 0; i < spreads * LANES; i++) spread[i] = s.groups == 1 ? 0 : (int32_t)(i * s.per_lane / p->group);
         s.spread = spread;
         const int64_t each = s.planes / p->tokens;
 #pragma omp parallel for num_threads(p->threads < p->tokens ? p->threads : p->tokens) schedule(static) if (p->tokens > 1)
         for (int64_t m = 0; m < p->tokens; m++) {
             float *own = rest + m * p->columns;
-            for (int64_t k = 0; k < p->columns; k++) own[k] = load_one(p->x, m * p->columns + k, p->x_dtype);
+            load_row(p, m, own);
             for (int64_t plane = m * each; plane < (m + 1) * each; plane++)
-                prepare_plane(&s, p, own, each == 2, x.words + plane * s.chunks * s.chunk, x.scale + plane * s.chunks * LANES,
-                              x.sum + plane * (s.groups + LANES));
+            {
+                int16_t *words = x.words + plane * s.chunks * s.chunk;
+                float *scale = x.scale + plane * s.chunks * LANES, *sum = x.sum + plane * (s.groups + LANES);
+                if (p->kind == INT8) prepare_plane(&s, p, own, each == 2, 2, words, scale, sum);
+                else prepare_plane(&s, p, own, each == 2, 4, words, scale, sum);
+            }
         }
-        if (p->kind == INT4) product_rows(p, &s, &x, INT4);
-        else if (p->kind == INT8) product_rows(p, &s, &x, INT8);
-        else product_rows(p, &s, &x, CODEBOOK4);
+        product_rows(p, &s, &x);
     }
     free(spread), free(x.words), free(x.scale), free(x.sum), free(rest);
     return !got;

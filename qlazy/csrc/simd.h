@@ -92,7 +92,7 @@ INLINE float sum_floats(floats v) {
 
 #else
 
-#define LANES 4
+#define LANES 8
 #define INLINE static inline
 #define EACH_LANE for (int i = 0; i < LANES; i++)
 #define EACH_WORD for (int i = 0; i < 2 * LANES; i++)
