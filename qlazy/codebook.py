@@ -114,7 +114,7 @@ def dequantize_blocks(
     """
     assert start_element % BNB_BLOCK == 0
     assert out is None or (out.dtype == dtype and out.numel() == count)
-    if _has_native_kernel(packed.device, count):
+    if dtype != torch.float64 and _has_native_kernel(packed.device, count):  # which gives zeros for float64, without a word
         halves = packed[start_element // 2 :][: count // 2]
         scales = absmax[start_element // BNB_BLOCK :][: -(-count // BNB_BLOCK)]
         # Not the shape of the weight: on AVX-512 the kernel (0.50) takes wrong absmax for rows that do not hold whole blocks.

@@ -248,3 +248,14 @@ def test_any_finite_weight_has_the_bytes_of_bitsandbytes(kind: str, dtype: torch
     expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=kind)
     packed, absmax = quantize(weight, kind)
     assert same_bits(packed, expected.view(-1)) and same_bits(absmax, state.absmax)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_float64_is_the_float32_product_with_bitsandbytes_imported(kind: str) -> None:
+    """Its compiled kernel gives zeros for that dtype."""
+    pytest.importorskip("bitsandbytes")
+    packed, absmax = torch.empty(128, dtype=torch.uint8), torch.empty(4)
+    codebook.quantize_blocks(torch.randn(4, 64), kind, packed_out=packed, absmax_out=absmax)
+    exact = codebook.dequantize_blocks(packed, absmax, kind, torch.float32, 0, 256)
+    assert exact.abs().max() > 0
+    assert torch.equal(codebook.dequantize_blocks(packed, absmax, kind, torch.float64, 0, 256), exact.double())
