@@ -98,7 +98,7 @@ def test_one_run_from_end_to_end(tiny, tmp_path):
     inputs = Inputs(folder=str(tiny), prompts={"short": [5, 6, 7], "8": list(range(8))}, new_tokens=6, threads=1)
     given = tmp_path / "inputs.json"
     given.write_text(json.dumps(asdict(inputs)))
-    found = child.call("measure.py", "qlazy-int4", str(given), timeout_s=110)
+    found = child.call("measure.py", "qlazy-int4", str(given), timeout_s=280)
     assert "error" not in found, found
     assert len(found["answer"]) == 6
     assert found["load_s"] > 0 and found["prefill_8"] > 0 and found["decode"] > 0
