@@ -7,7 +7,7 @@ gives the same layers with its own bounded and overlapped pipeline.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -129,9 +129,7 @@ class QlazyQuantizer(HfQuantizer):
                 hint="Load the 16-bit model with qlazy.load_quantized.",
             )
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, device_map: Mapping[str, Any] | str | None = None, **kwargs: Any
-    ) -> PreTrainedModel:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         assert isinstance(self.quantization_config, QlazyConfig)
         recipe = self.quantization_config.recipe()
         everything = dict.fromkeys(model.state_dict(), 0)
@@ -267,11 +265,3 @@ def attach_quantizer(model: PreTrainedModel, recipe: Recipe) -> None:
     marked.is_quantized = True
     marked.quantization_method = config.quant_method
     marked.config.quantization_config = config
-
-
-def _device(device_map: Mapping[str, Any] | str | None, path: str) -> str:
-    """Device of a module: that of the longest prefix of its path."""
-    if not isinstance(device_map, Mapping):
-        return str(device_map) if device_map in ("cpu", "cuda") else "cpu"
-    prefixes = [p for p in device_map if p == "" or path == p or path.startswith(p + ".")]
-    return str(torch.device(device_map[max(prefixes, key=len)])) if prefixes else "cpu"

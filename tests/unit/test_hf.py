@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import qlazy
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4, Int4, Int8
-from qlazy.hf import QlazyConfig, QlazyQuantizer, _device
+from qlazy.hf import QlazyConfig, QlazyQuantizer
 from qlazy.quant_linear import QuantLinear
 from qlazy.recipe import Recipe, make_recipe
 
@@ -215,20 +215,3 @@ def test_config_refuses_what_cannot_be_meant():
 
 def test_transformers_knows_the_name():
     assert AUTO_QUANTIZER_MAPPING["qlazy"] is QlazyQuantizer and AUTO_QUANTIZATION_CONFIG_MAPPING["qlazy"] is QlazyConfig
-
-
-@pytest.mark.parametrize(
-    "device_map, device",
-    [
-        (None, "cpu"),
-        ("cuda", "cuda"),
-        ({"": "cpu"}, "cpu"),
-        ({"": "cpu", "model.layers.1": 0}, "cuda:0"),
-        ({"model.layers.1": "cpu", "model.layers.1.mlp": "cuda:1"}, "cuda:1"),
-        ({"model.layers.11": "cuda:0", "": "cpu"}, "cpu"),
-    ],
-    ids=str,
-)
-def test_device_of_a_module_is_that_of_its_longest_prefix(device_map, device, monkeypatch):
-    monkeypatch.setattr(torch, "device", lambda d: f"cuda:{d}" if isinstance(d, int) else d)
-    assert _device(device_map, "model.layers.1.mlp.up_proj") == device
