@@ -177,7 +177,19 @@ def codebook4_weight(
     return Weight(CODEBOOK4, shape, BNB_BLOCK, packed, absmax, None, nested, codebook.CODES[kind])
 
 
-def _product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """What the ops do on a CPU, and where a GPU has nothing better.
+
+    Args:
+        x: (..., K).
+        weight: On the same device.
+        bias: (N,), or None.
+
+    Returns:
+        (..., N) in the dtype of `x`.
+
+    Memory: the result, and for many tokens a scratch of BLOCK_ELEMENTS.
+    """
     rows, columns = weight.shape
     tokens = x.numel() // columns
     if 0 < tokens <= FEW_TOKENS[weight.kind]:
@@ -206,11 +218,11 @@ def _product_backward(grad: Tensor, weight: Weight) -> Tensor:
 def _linear_int4(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, in_features: int
 ) -> Tensor:
-    return _product(x, int4_weight(packed, scale, zero, in_features), bias)
+    return product(x, int4_weight(packed, scale, zero, in_features), bias)
 
 
 def _linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return _product(x, int8_weight(packed, scale), bias)
+    return product(x, int8_weight(packed, scale), bias)
 
 
 def _linear_codebook4(
@@ -224,7 +236,7 @@ def _linear_codebook4(
     kind: str,
 ) -> Tensor:
     shape = out_features, x.shape[-1]
-    return _product(x, codebook4_weight(packed, absmax, nested_absmax, nested_offset, shape, kind), bias)
+    return product(x, codebook4_weight(packed, absmax, nested_absmax, nested_offset, shape, kind), bias)
 
 
 def _linear_int4_backward(

@@ -205,6 +205,11 @@ class QuantLinear(nn.Module):
             self._buffers.update(moved)
         return self
 
+    @property
+    def complete(self) -> bool:
+        """Whether every row has been filled."""
+        return self._rows_filled[0] == self.out_features
+
     def _filled(self, rows: int) -> bool:
         """Count rows; True for the call that completes the layer."""
         with self._lock:
