@@ -14,12 +14,14 @@ from torch.nn.modules import module as hooks
 
 from qlazy.errors import UsageError
 from qlazy.lazy import generators
+from qlazy.lazy.edits import count_writes_to_data
 from qlazy.lazy.facade import Facade
-from qlazy.lazy.journal import Journal, Tally
+from qlazy.lazy.journal import Journal
 from qlazy.lazy.log import record_of, writes_to
 from qlazy.lazy.record import Recorder
 from qlazy.lazy.report import LazyReport, make_report
 from qlazy.lazy.scan import places
+from qlazy.lazy.tally import Tally
 
 _Built = TypeVar("_Built")
 _local = threading.local()
@@ -94,12 +96,16 @@ class _Session:
             self.modules[id(module)] = module
 
     def seal(self) -> None:
-        """Remember how often each tensor was written to: a write that comes later shows."""
-        found = [(record_of(place.tensor), place.tensor) for place in places(self.modules.values())]
-        new = [(record, tensor) for record, tensor in found if record is not None and not record.counters]
-        for record, tensor in new:
-            record.counters.add(writes_to(tensor))
+        """Remember how often each tensor was written to, so that a write that comes later shows, and what it is called."""
+        inner = {id(child) for module in self.modules.values() for child in module._modules.values()}
+        outermost_first = sorted(self.modules.values(), key=lambda module: id(module) in inner)
+        found = [(record_of(place.tensor), place) for place in places(outermost_first)]
+        new = [(record, place) for record, place in found if record is not None and not record.counters]
+        for record, place in new:
+            record.name = record.name or place.name
+            record.counters.add(writes_to(place.tensor))
         self.journal.seal()
+        count_writes_to_data()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from qlazy.lazy.edits import SETTERS_OF_DATA
 from qlazy.lazy.journal import CPU, META, Journal
 from qlazy.lazy.log import Record, map_leaves, record_of
 from qlazy.lazy.record import Recorder
@@ -106,6 +107,13 @@ def _cuda(journal: Journal, record: Record, tensor: Tensor, device: Any = None, 
 
 def _cpu(journal: Journal, record: Record, tensor: Tensor, **options: Any) -> Any:
     return tensor if record.device == CPU else journal.on_device(CPU, tensor.to, CPU)
+
+
+def _set_data(journal: Journal, record: Record, tensor: Tensor, value: Tensor) -> None:
+    tensor.data = value
+    moved = record_of(value)
+    if moved is not None:
+        moved.writes = None
 
 
 def _tolist(journal: Journal, record: Record, tensor: Tensor) -> Any:
@@ -214,4 +222,5 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.new_tensor: _new_tensor,
     Tensor.new: _new,
     Tensor.__deepcopy__: _deepcopy,
+    **dict.fromkeys(SETTERS_OF_DATA, _set_data),
 }

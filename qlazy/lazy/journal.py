@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlazy.errors import UsageError
 from qlazy.lazy import generators
 from qlazy.lazy.draw import after, draw_of
+from qlazy.lazy.edits import edited
 from qlazy.lazy.log import Op, Record, Ref, Slot, Version, geometry_of, map_leaves, record_of, set_record, tensor_on, writes_to
 from qlazy.lazy.numpy_views import NumpyView
 from qlazy.lazy.replay import execute, plain, replay
 from qlazy.lazy.rng import Position
-from qlazy.lazy.schema import Facts, tensors
+from qlazy.lazy.schema import REPOINTS, Facts, tensors
+from qlazy.lazy.tally import Tally
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
 SMALL_BYTES = 64 << 10
 """Storages up to this size keep the values that were asked for, so that a loop over them does not start again each time."""
-
-
-class Tally:
-    """What is counted while recording."""
-
-    def __init__(self) -> None:
-        self.ops = 0
-        """Operations written down."""
-        self.lazy_bytes = 0
-        """Bytes that eager construction would have asked for."""
-        self.constant_bytes = 0
-        """Bytes of values that came from Python or from real tensors, and are kept."""
-        self.concretised: Counter[str] = Counter()
-        """How often values were worked out, by what asked for them."""
-        self.concretised_bytes: Counter[str] = Counter()
-        """The same in bytes of storage."""
-        self.real: Counter[str] = Counter()
-        """What was made real at once, as there is no meta kernel or layout for it, by operation."""
 
 
 class Journal:
@@ -57,8 +39,8 @@ class Journal:
         """Where results lie that nothing else tells about."""
         self._device: torch.device | None = None
         """Where Python code asked for results to lie."""
-        self._edited: dict[int, Tensor] = {}
-        """Tensors of an earlier build that were written to in this one."""
+        self._edited: dict[Record, list[Tensor]] = {}
+        """Tensors of an earlier build that were written to in this one, by the storage that they lie on."""
 
     def generator(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Generator:
         """The generator that a random operation draws from."""
@@ -95,11 +77,8 @@ class Journal:
             UsageError: it was written to when no recorder was open.
         """
         record = record_of(tensor)
-        if record is not None and record.counters and id(tensor) not in self._edited and record.is_edited(tensor):
-            raise UsageError(
-                f"A tensor {list(tensor.shape)} was written to after lazy_build() had ended, while it had no memory.",
-                hint="Write to it inside lazy_build(), which can be entered again, or materialize first.",
-            )
+        if record is not None and record.counters and record not in self._edited and record.is_edited(tensor):
+            raise edited(record.describe(tensor))
         return record
 
     def write(
@@ -125,6 +104,8 @@ class Journal:
         results = result if isinstance(result, (list, tuple)) else (result,)
         fresh = [(i, t) for i, t in enumerate(results) if isinstance(t, Tensor) and t.is_meta and record_of(t) is None]
         written = [tensor for tensor in facts.written(args, kwargs) if tensor.is_meta]
+        if func in REPOINTS and (moved := record_of(args[0])) is not None:
+            moved.writes = None
         if not fresh and not written:
             return
         overwritten = facts.overwrites and _is_whole(args[0]) and not _shares(args[0], (args[1:], kwargs))
@@ -151,7 +132,10 @@ class Journal:
             record = record_of(tensor)
             assert record is not None
             if record.counters:
-                self._edited[id(tensor)] = tensor
+                self._edited.setdefault(record, []).append(tensor)
+            elif record.writes is not None:
+                # Torch counts this write once it is done.
+                record.writes = max(record.writes, writes_to(tensor) + 1)
             if record.version.op is not op:
                 record.slot.nbytes = tensor.untyped_storage().nbytes()
                 record.version = Version(record.slot, op, None if overwritten else record.version)
@@ -220,10 +204,8 @@ class Journal:
 
     def seal(self) -> None:
         """Remember how often tensors of earlier builds were written to by now."""
-        for tensor in self._edited.values():
-            record = record_of(tensor)
-            if record is not None:
-                record.counters.add(writes_to(tensor))
+        for record, written in self._edited.items():
+            record.counters.update(map(writes_to, written))
 
     def settle(self) -> None:
         """Give every generator that was drawn from the state that eager construction would have left."""

@@ -8,6 +8,7 @@ more is collected. A `Version` is what a storage holds after one write; an opera
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -123,7 +124,7 @@ class Op:
         return (leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Ref))
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
     """What is known of one storage that has no memory."""
 
@@ -134,7 +135,11 @@ class Record:
     real: UntypedStorage | None = None
     """The memory that took its place, for aliases that were not at hand at that time."""
     counters: set[int] = field(default_factory=set)
-    """Version counters of the tensors on it when recording ended; empty where none were found."""
+    """Version counters of the tensors on it when recording ended; empty where no module holds one."""
+    writes: int | None = 0
+    """In place of `counters`: the highest that recorded writes account for; None where a tensor was moved to this storage."""
+    name: str = ""
+    """Where a module held a tensor on it when recording ended."""
 
     def is_edited(self, tensor: Tensor) -> bool:
         """Whether a tensor on it was written to when no recorder was open.
@@ -144,7 +149,23 @@ class Record:
         Returns:
             False as well where nothing is known.
         """
-        return bool(self.counters) and writes_to(tensor) not in {0, *self.counters}
+        if self.counters:
+            return writes_to(tensor) not in {0, *self.counters}
+        return self.writes is not None and writes_to(tensor) > self.writes
+
+    def describe(self, tensor: Tensor) -> str:
+        """What to call a tensor on it in an error.
+
+        Args:
+            tensor: A tensor on this storage.
+        Returns:
+            Its name, where a module held it, and its shape.
+        """
+        return f"{self.name or 'A tensor'} {list(tensor.shape)}"
+
+
+pending: weakref.WeakSet[Record] = weakref.WeakSet()
+"""Records of storages that somebody still has and that have no memory."""
 
 
 def record_of(tensor: Tensor) -> Record | None:
@@ -172,6 +193,7 @@ def set_record(storage: UntypedStorage, record: Record) -> None:
         record: What is known of it.
     """
     setattr(storage, _ATTRIBUTE, record)
+    pending.add(record)
 
 
 def writes_to(tensor: Tensor) -> int:

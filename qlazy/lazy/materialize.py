@@ -11,7 +11,18 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils import swap_tensors
 
 from qlazy.errors import UsageError
-from qlazy.lazy.log import Record, Version, geometry_of, is_meant_for_meta, record_of, set_record, tensor_on, writes_to
+from qlazy.lazy.edits import count_writes_to_data, edited
+from qlazy.lazy.log import (
+    Record,
+    Version,
+    geometry_of,
+    is_meant_for_meta,
+    pending,
+    record_of,
+    set_record,
+    tensor_on,
+    writes_to,
+)
 from qlazy.lazy.replay import plain, replay
 from qlazy.lazy.scan import Place, places
 
@@ -108,12 +119,13 @@ def _materialize_group(group: _Group, device: torch.device | str | None, dtype: 
     record = group.record
     for place in group.places:
         if record.is_edited(place.tensor):
-            raise edited(f"{place.name} {list(place.tensor.shape)}")
+            raise edited(record.describe(place.tensor) if place.owner is None else f"{place.name} {list(place.tensor.shape)}")
     tensors = {id(place.tensor): place.tensor for place in group.places}
     if record.real is None:
         storage = replay([record.version])[record.slot]
         record.real = _converted(storage, list(tensors.values()), torch.device(device or record.device), dtype)
-        setattr(record.real, _ORIGIN, Record(record.slot, record.version, record.device))
+        setattr(record.real, _ORIGIN, Record(record.slot, record.version, record.device, name=record.name))
+        pending.discard(record)
     origin: Record | None = getattr(record.real, _ORIGIN, None)
     for tensor in tensors.values():
         result = _put(tensor, record.real, dtype)
@@ -128,20 +140,6 @@ def _materialize_group(group: _Group, device: torch.device | str | None, dtype: 
                     hint="Detach it from what was computed with it, or keep it in an attribute, a list or a dict.",
                 )
         group.result = result
-
-
-def edited(what: str) -> UsageError:
-    """The error for a tensor that was written to when no recorder was open.
-
-    Args:
-        what: Which tensor.
-    Returns:
-        An error to raise.
-    """
-    return UsageError(
-        f"{what} was written to after lazy_build() had ended, while it had no memory: what was written is lost.",
-        hint="Write to it inside lazy_build(), which can be entered again, or materialize first.",
-    )
 
 
 def _converted(
@@ -219,8 +217,11 @@ def release(held: _Held, *, only: Only | None = None) -> _Held:
                 )
             if storage._cdata not in records:
                 empty = UntypedStorage(storage.nbytes(), device="meta")
-                record = Record(origin.slot, Version(origin.slot, origin.version.op, origin.version.before), origin.device)
+                version = Version(origin.slot, origin.version.op, origin.version.before)
+                record = Record(origin.slot, version, origin.device, name=origin.name)
                 set_record(empty, record)
                 records[storage._cdata] = (record, empty)
-            swapped(tensor, tensor_on(records[storage._cdata][1], geometry_of(tensor)))
+            record, empty = records[storage._cdata]
+            record.counters.add(writes_to(swapped(tensor, tensor_on(empty, geometry_of(tensor)))))
+        count_writes_to_data()
     return held

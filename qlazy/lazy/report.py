@@ -8,11 +8,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from qlazy.lazy.journal import Tally
 from qlazy.lazy.log import is_meant_for_meta, record_of
 from qlazy.lazy.replay import plain, slice_of
 from qlazy.lazy.scan import places
 from qlazy.lazy.schema import UNWRITTEN
+from qlazy.lazy.tally import Tally
 
 State = Literal["lazy", "real", "meta", "edited"]
 _MEANING: dict[State, str] = {

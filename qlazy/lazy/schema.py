@@ -26,7 +26,7 @@ UNWRITTEN = {
     aten.new_empty_strided.default,
 }  # fmt: skip
 """Their results hold whatever was in memory."""
-_REPOINTS = {
+REPOINTS = {
     aten.set_.source_Storage, aten.set_.source_Storage_storage_offset, aten.set_.source_Tensor,
     aten.set_.source_Tensor_storage_offset, aten.set_.default,
 }  # fmt: skip
@@ -82,7 +82,7 @@ def facts_of(func: Any) -> Facts:
         asks_values=torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags,
         overwrites=func in OVERWRITES,
         has_device=any(argument.name == "device" for argument in func._schema.arguments),
-        writes=() if func in _REPOINTS else tuple(writes),
+        writes=() if func in REPOINTS else tuple(writes),
         writes_if=_WRITES_IF.get(func),
     )
 

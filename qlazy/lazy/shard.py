@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qlazy.errors import UsageError
 from qlazy.lazy.draw import Draw, draw_of, generate, random_access
+from qlazy.lazy.edits import edited
 from qlazy.lazy.log import Geometry, Op, Record, Ref, geometry_of, leaves, map_leaves, record_of, tensor_on
-from qlazy.lazy.materialize import edited
 from qlazy.lazy.replay import plain, replay, slice_of
 from qlazy.lazy.schema import OVERWRITES, aten
 
@@ -57,7 +57,7 @@ def materialize_shard(
                 f"A tensor {list(tensor.shape)} on the meta device has no values.", hint="Build it in lazy_build()."
             )
         if record is not None and record.is_edited(tensor):
-            raise edited(f"A tensor {list(tensor.shape)}")
+            raise edited(record.describe(tensor))
         if record is None or record.real is not None:
             whole = tensor if record is None or record.real is None else tensor_on(record.real, geometry_of(tensor))
             return (whole[index] if flat is None else whole.flatten()[flat]).detach().clone()

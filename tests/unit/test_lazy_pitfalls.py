@@ -5,6 +5,7 @@ Each test's docstring says what happened elsewhere.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 import weakref
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlazy.errors import IncompleteCheckpoint, UsageError
-from qlazy.lazy import lazy_build, load_weights, materialize
+from qlazy.lazy import edits, lazy_build, load_weights, log, materialize, materialize_shard, release
 from qlazy.memory import Meter
 from tests.lazy.compare import compare
 
@@ -352,6 +353,11 @@ EDITS = {
     "replaced": lambda module: setattr(module, "weight", nn.Parameter(torch.empty(2, 2, device="meta"))),
     "attribute": lambda module: setattr(module, "table", module.bias * 2),
     "no_grad": lambda module: torch.no_grad()(module.weight.mul_)(2),
+    "data": lambda module: module.weight.data.zero_(),
+    "part of data": lambda module: module.weight.data.view(-1)[1:].fill_(7),
+    "data of a view": lambda module: module.weight.detach()[0].data.fill_(3),
+    "several of data": lambda module: [module.weight.data[i % 2].fill_(i) for i in range(5)],
+    "other data": lambda module: setattr(module.weight, "data", module.weight.data * 2),
 }
 
 
@@ -380,6 +386,79 @@ def test_18_edits_read_by_a_recorder():
     with pytest.raises(UsageError, match="table"):
         materialize(module, only="table")
     materialize(module, only="bias")
+
+
+def test_18_edits_through_data_that_is_kept():
+    def edit(module: nn.Linear) -> None:
+        data = module.weight.data
+        for value in range(4):
+            data[value % 2].fill_(value)
+        module.weight[1].detach().add_(5)
+        module.weight.data.mul_(2)
+
+    eager, lazy = build_both(lambda: nn.Linear(2, 2))
+    edit(eager)
+    with lazy_build():
+        edit(lazy)
+    assert torch.equal(materialize(lazy).weight, eager.weight)
+    lazy = lazy_build(lambda: nn.Linear(2, 2))
+    data = lazy.weight.data
+    with lazy_build():
+        data[0].fill_(1)
+    data.fill_(2)
+    with pytest.raises(UsageError, match="weight"):
+        materialize(lazy)
+
+
+def test_18_edits_of_what_no_module_holds():
+    with lazy_build():
+        alone, moved, untouched = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+        alone.add_(1)
+        moved.data = torch.ones(3)
+        moved.mul_(2)
+    alone.data.fill_(5)
+    with pytest.raises(UsageError, match=r"\[3\] was written to after"):
+        materialize(alone)
+    assert torch.equal(materialize(moved), torch.full((3,), 2.0)) and not materialize(untouched).any()
+
+
+def test_18_edits_are_told_by_name():
+    module = lazy_build(lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    weight = module[1].weight
+    weight.data.zero_()
+    for use in (materialize, materialize_shard, lambda tensor: lazy_build(torch.add, tensor, 1)):
+        with pytest.raises(UsageError, match=r"^1\.weight \[2, 2\] was written to after"):
+            use(weight)
+    materialize(module[0])
+    with pytest.raises(UsageError, match=r"1\.weight"):
+        materialize(module)
+
+
+def test_18_edits_after_a_release():
+    module = release(materialize(lazy_build(lambda: nn.Linear(2, 2))))
+    module.bias.data.zero_()
+    materialize(module.weight)
+    with pytest.raises(UsageError, match="bias"):
+        materialize(module)
+
+
+def test_18_data_of_real_tensors_counts_for_itself(monkeypatch):
+    """As it always does; and once nothing is lazy, torch is as it was."""
+    waiting: weakref.WeakSet[log.Record] = weakref.WeakSet()
+    monkeypatch.setattr(log, "pending", waiting)
+    monkeypatch.setattr(edits, "pending", waiting)
+    module = lazy_build(lambda: nn.Linear(2, 2))
+    kept, real = module.weight.data, nn.Linear(2, 2).weight
+    assert type(kept) is Tensor and not kept.requires_grad and kept.is_meta and "data" in vars(Tensor)
+    before = real._version
+    real.data.zero_()
+    assert real._version == before and not real.any()
+    before = materialize(module).weight._version
+    module.weight.data.zero_()
+    assert module.weight._version == before and not module.weight.any()
+    del module, kept
+    gc.collect()
+    assert torch.equal(real.data, real) and "data" not in vars(Tensor)
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
