@@ -25,12 +25,13 @@ from qlazy.match import match_tensors
 from qlazy.memory import Meter, anonymous_bytes
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder, eager_values
-from qlazy.plan import CHUNK_BYTES, Plan, make_plan
+from qlazy.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, RING_BYTES, Plan, make_plan
 from qlazy.plan_entries import resolve_dtype
 from qlazy.random_init import Drawn, build_reference, match_drawn, with_tensors
 from qlazy.recipe import Recipe
 from qlazy.report import LoadReport, Progress
 from qlazy.source import Source
+from qlazy.staging import open_gpus
 from qlazy.stream import CACHED_BYTES, Stream, worker_count
 from qlazy.swap import swap_layers
 from qlazy.trace import Trace
@@ -74,8 +75,6 @@ def load(
     Memory: as `qlazy.load_quantized`.
     """
     clock = _Clock(trace)
-    for device in (d for d in budget.devices if d != "cpu"):
-        torch.cuda.reset_peak_memory_stats(device)
     with Meter() as meter:
         construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         reference = None
@@ -84,6 +83,9 @@ def load(
             source = with_tensors(source, reference)
         plan = make_plan(source, recipe, budget, dtype=dtype)
         _require_one_kind(plan)
+        if gpus := sorted({tensor.device for tensor in plan.tensors} - {"cpu"}):
+            open_gpus(gpus)
+            meter.restart()
         clock.lap("plan")
         model = build_placeholder(source, getattr(torch, plan.dtype), **construct)
         match = match_tensors(model, source, strict=strict) if reference is None else match_drawn(model, source, reference)
@@ -91,19 +93,21 @@ def load(
         clock.lap("build")
         placer = Placer(model, plan)
         place = placer.place if trace is None else trace.placing(placer.place, plan)
-        on_host = {tensor.device for tensor in plan.tensors} <= {"cpu"}
-        chunk_bytes = CACHED_BYTES if on_host else CHUNK_BYTES
-        workers = worker_count(match.fills)
-        with (
-            Stream(match.fills, place, workers, drop_page_cache, trace, chunk_bytes)
+        chunk_bytes, ring_bytes = (GPU_CHUNK_BYTES, GPU_RING_BYTES) if gpus else (CACHED_BYTES, RING_BYTES)
+        workers = worker_count(match.fills, chunk_bytes, ring_bytes)
+        devices = plan.device_map if gpus else {}
+        reading: Stream | Drawn = (
+            Stream(match.fills, place, workers, drop_page_cache, trace, chunk_bytes, ring_bytes, devices)
             if reference is None
             else Drawn(reference, match.fills, place, chunk_bytes)
-        ) as stream:
+        )
+        with placer, reading as stream:
             meter.watch(lambda: stream.bytes_done)
             total = sum(fill.nbytes for fill in match.fills)
             for done in stream:
                 if on_progress is not None:
                     on_progress(Progress(stage="read", done_bytes=done, total_bytes=total, host_bytes=anonymous_bytes()))
+        placer.require_finite()
         clock.lap("stream")
         missing = eager_values(source, getattr(torch, plan.dtype), match.missing, **construct)
         model = finish(model, plan, match, placer, source, missing)
@@ -118,7 +122,7 @@ def load(
         bytes_read=stream.bytes_done,
         device_bytes=_device_bytes(model),
         host_peak_bytes=meter.peak_bytes,
-        device_peak_bytes={d: torch.cuda.max_memory_allocated(d) for d in budget.devices if d != "cpu"},
+        device_peak_bytes={device: torch.cuda.max_memory_allocated(device) for device in gpus},
         unexpected=list(match.unexpected),
         initialized=list(match.missing),
         samples=meter.samples,

@@ -142,6 +142,7 @@ class Meter:
     """(seconds since the start, anonymous bytes)."""
     watched: list[tuple[float, int]] = field(default_factory=list)
     """(seconds since the start, the watched number), at the same times."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __enter__(self) -> Meter:
         """Start sampling."""
@@ -158,6 +159,13 @@ class Meter:
         self._stop.set()
         self._thread.join()
         self._sample()
+
+    def restart(self) -> None:
+        """Forget what was sampled: what the process holds now is the new baseline."""
+        with self._lock:
+            self.samples.clear()
+            self.watched.clear()
+            self._note()
 
     def watch(self, number: Callable[[], int]) -> None:
         """Sample a number as well; until it is given, 0 is noted.
@@ -182,6 +190,10 @@ class Meter:
             self._sample()
 
     def _sample(self) -> None:
+        with self._lock:
+            self._note()
+
+    def _note(self) -> None:
         seconds = time.perf_counter() - self.started
         self.samples.append((seconds, anonymous_bytes()))
         self.watched.append((seconds, self._number()))

@@ -1,31 +1,38 @@
-"""Put chunks where they belong: quantized straight into packed storage, or copied into a tensor of the model's dtype."""
+"""Put chunks where they belong: quantized straight into packed storage, or copied into a tensor of the model's dtype.
+
+What goes to a GPU goes through its queue, and is quantized there.
+"""
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from qlazy.errors import CorruptCheckpoint
-from qlazy.fill import row_count
-from qlazy.plan import Plan
-from qlazy.quant_linear import NonFiniteError, QuantLinear, allocate, require_finite
+from qlazy.fill import Fill, row_count
+from qlazy.plan import GPU_CHUNK_BYTES, Plan
+from qlazy.quant_linear import ROW_BLOCK, NonFiniteError, QuantLinear, allocate, require_finite
+from qlazy.staging import DeviceQueue
 from qlazy.stream import Chunk
 
 
 class Placer:
-    """Final storage of a model, and the account of what has been filled.
+    """Final storage of a model, and the account of what has been filled. A context: what GPUs do ends with it.
 
     Args:
         model: A placeholder with its layers swapped. Everything that `plan` names gets storage now; pages stay untouched until
             filled.
         plan: The exact plan.
+        open_queue: Makes the queue of a GPU.
 
-    Memory: the bytes that the plan gives each device.
+    Memory: the bytes that the plan gives each device, and three chunks on each GPU while the context is open.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, open_queue: Callable[[str, int], DeviceQueue] = DeviceQueue) -> None:
         self._owners = {tensor.name: model.get_submodule(tensor.name.rpartition(".")[0]) for tensor in plan.tensors}
         self._rows_placed = dict.fromkeys(self._owners, 0)
         self._lock = threading.Lock()
@@ -37,6 +44,19 @@ class Placer:
             held: Tensor = getattr(owner, leaf)
             storage = allocate(held.shape, held.dtype, tensor.device) if held.is_meta else held.to(tensor.device)
             setattr(owner, leaf, storage if leaf in owner._buffers else nn.Parameter(storage, requires_grad=False))
+        self._devices = {tensor.name: tensor.device for tensor in plan.tensors}
+        # After the storage, see `DeviceQueue`.
+        self._queues = {device: open_queue(device, GPU_CHUNK_BYTES) for device in sorted({*self._devices.values()} - {"cpu"})}
+        self._sent: dict[str, Fill] = {}
+
+    def __enter__(self) -> Placer:
+        """Nothing to open."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Wait for the GPUs, whether or not all went well: their storage may be given back now."""
+        for queue in self._queues.values():
+            queue.close()
 
     def place(self, chunk: Chunk, tensors: list[Tensor]) -> None:
         """Put one chunk in its place. Called from several threads, for different rows.
@@ -45,9 +65,10 @@ class Placer:
             chunk: What it is.
             tensors: Its values on the host; only used during the call.
         Raises:
-            CorruptCheckpoint: a weight is NaN or infinite, or a tensor came twice.
+            CorruptCheckpoint: a weight on the host is NaN or infinite (see `require_finite` for those on a GPU), or a tensor
+                came twice.
 
-        Memory: a quantizer's work buffers, or the result of a conversion; on a GPU also the chunk.
+        Memory: a quantizer's work buffers, or the result of a conversion.
         """
         fill = chunk.fill
         if fill.convert is not None:
@@ -71,8 +92,12 @@ class Placer:
 
     def _place_rows(self, target: str, start: int, values: Tensor, chunk: Chunk) -> None:
         owner, leaf = self._owners[target], target.rpartition(".")[2]
+        queue = self._queues.get(self._devices[target])
         try:
-            if isinstance(owner, QuantLinear) and leaf == "weight":
+            if queue is not None:
+                self._send(queue, target, start, values)
+                self._sent[target] = chunk.fill
+            elif isinstance(owner, QuantLinear) and leaf == "weight":
                 owner.fill(values, start)
             else:
                 values = _as_rows(values.contiguous())
@@ -81,12 +106,7 @@ class Placer:
                 whole = _as_rows(getattr(owner, leaf).data)
                 whole[start : start + values.shape[0]].copy_(values)
         except NonFiniteError:
-            source = chunk.fill.sources[0]
-            raise CorruptCheckpoint(
-                f"{source.path.name}: tensor {source.name!r} holds a NaN or an infinity in rows {start} to "
-                f"{start + values.shape[0]}.",
-                hint="The file is damaged; download it again, e.g. with `hf download --force-download`.",
-            ) from None
+            raise _not_finite(chunk.fill, start, start + values.shape[0]) from None
         with self._lock:
             self._rows_placed[target] += (
                 values.shape[1] if getattr(owner, "transposed", False) and values.dim() > 1 else values.shape[0]
@@ -96,11 +116,70 @@ class Placer:
                     f"Tensor {target!r} was filled twice: two stored tensors have the same place in the model."
                 )
 
+    def _send(self, queue: DeviceQueue, target: str, start: int, values: Tensor) -> None:
+        """Have rows filled on their GPU, in pieces that a scratch chunk holds."""
+        owner, leaf = self._owners[target], target.rpartition(".")[2]
+        fill: Callable[[int, Tensor], object]
+        if isinstance(owner, QuantLinear) and leaf == "weight":
+            rows, fill = values.t() if owner.transposed else values, owner.fill_rows
+        else:
+            rows, fill = _as_rows(values.contiguous()), functools.partial(_copy_rows, _as_rows(getattr(owner, leaf).data))
+        row_bytes = rows[:1].nbytes
+        step = max(ROW_BLOCK, queue.chunk_bytes // max(1, row_bytes) // ROW_BLOCK * ROW_BLOCK)
+        for first in range(0, rows.shape[0] if row_bytes else 0, step):
+            queue.run(rows[first : first + step].contiguous(), functools.partial(fill, start + first))
+
+    def require_finite(self) -> None:
+        """Raise where a weight that was filled on a GPU is NaN or infinite.
+
+        Looked for once, when all is filled: a look on the way would have the host wait for the GPU. Scales tell of a quantized
+        weight, as they are not finite where it is not.
+
+        Raises:
+            CorruptCheckpoint: file, tensor and rows.
+
+        Memory: two numbers a tensor; where one is not finite, a byte for each of its numbers.
+        """
+        looks: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
+        for name in self._sent:
+            for tensor in self._tell_tales(name):
+                span = torch.stack(torch.aminmax(tensor)).float()
+                looks.setdefault(self._devices[name], []).append((name, tensor, span))
+        for here in looks.values():
+            sound = torch.stack([span for _, _, span in here]).isfinite().all(1).tolist()  # the host waits once a GPU
+            for name, tensor, _ in (look for look, good in zip(here, sound, strict=True) if not good):
+                bad = tensor.reshape(-1).isfinite().logical_not_().nonzero()
+                extent, first, last = self._extent(name), int(bad[0]), int(bad[-1])
+                # What tells of a weight has as many numbers for each row as for any other.
+                stop = -(-(last + 1) * extent // tensor.numel())
+                raise _not_finite(self._sent[name], first * extent // tensor.numel(), stop)
+
+    def _tell_tales(self, name: str) -> list[Tensor]:
+        """The numbers that are not finite where a weight was not."""
+        owner, leaf = self._owners[name], name.rpartition(".")[2]
+        if isinstance(owner, QuantLinear) and leaf == "weight":
+            tensors = [getattr(owner, key) for key in owner.storage]
+        else:
+            tensors = [getattr(owner, leaf)] if leaf in owner._parameters else []
+        return [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+
     def _extent(self, name: str) -> int:
         owner, leaf = self._owners[name], name.rpartition(".")[2]
         if isinstance(owner, QuantLinear) and leaf == "weight":
             return owner.out_features
         return row_count(tuple(getattr(owner, leaf).shape))
+
+
+def _copy_rows(whole: Tensor, start: int, rows: Tensor) -> None:
+    whole[start : start + rows.shape[0]].copy_(rows)
+
+
+def _not_finite(fill: Fill, start: int, stop: int) -> CorruptCheckpoint:
+    source = fill.sources[0]
+    return CorruptCheckpoint(
+        f"{source.path.name}: tensor {source.name!r} holds a NaN or an infinity in rows {start} to {stop}.",
+        hint="The file is damaged; download it again, e.g. with `hf download --force-download`.",
+    )
 
 
 def _as_rows(tensor: Tensor) -> Tensor:

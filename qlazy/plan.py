@@ -23,8 +23,11 @@ from qlazy.source import Source
 
 __all__ = [
     "CHUNK_BYTES",
+    "GPU_CHUNK_BYTES",
+    "GPU_RING_BYTES",
     "RING_BYTES",
     "RUNTIME_BYTES",
+    "SCRATCH_CHUNKS",
     "STAGING_BYTES",
     "DevicePlan",
     "Entry",
@@ -46,14 +49,22 @@ too.
 """
 
 RING_BYTES = 64 << 20
-"""Staging ring of a load, on the host."""
+"""Staging ring of a load to the host."""
 
 CHUNK_BYTES = 8 << 20
-"""One slot of the ring: the unit in which files are read."""
+"""One slot of the ring at most: the unit in which files are read."""
 
-STAGING_BYTES = {"cpu": RING_BYTES + (48 << 20), "cuda": 3 * CHUNK_BYTES}
-"""Transient memory of a load: on the host the ring and the quantizers' work buffers, on a GPU three chunks."""
+GPU_RING_BYTES = 128 << 20
+"""Staging ring of a load to GPUs, on the host."""
 
+GPU_CHUNK_BYTES = 16 << 20
+"""One slot of it, and one scratch chunk: large, as each takes the host some 0.2 ms, in which a GPU copies 5 to 10 MiB."""
+
+SCRATCH_CHUNKS = 3
+"""Chunks on a GPU: one that is copied to, one that is quantized, and one to spare, so that neither waits for the other."""
+
+STAGING_BYTES = {"cpu": RING_BYTES + (48 << 20), "cuda": SCRATCH_CHUNKS * GPU_CHUNK_BYTES}
+"""Transient memory of a load: on the host the ring and the quantizers' work buffers, on a GPU the scratch chunks."""
 
 GGUF_BYTES = 128 << 20
 """Host memory that transformers' own reading of a GGUF file's vocabulary leaves in scattered small objects."""
@@ -113,7 +124,7 @@ def allocate(
     kv = kv_by_block(blocks, layer_kv_bytes(source.config, budget.max_model_len, dtype))
     active = activation_bytes(source.config, budget.max_model_len, dtype)
     extra_bytes = conversion_bytes(source) if extra_bytes is None else extra_bytes
-    staging = dict.fromkeys(budget.devices, STAGING_BYTES["cuda"]) | {"cpu": _host_staging(source) + extra_bytes}
+    staging = dict.fromkeys(budget.devices, STAGING_BYTES["cuda"]) | {"cpu": _host_staging(source, budget) + extra_bytes}
     fixed = {device: nbytes + RUNTIME_BYTES[_kind(device)] for device, nbytes in staging.items()}
     places = assign(
         tensors,
@@ -198,9 +209,10 @@ def _plan_tensor(entry: Entry, recipe: Recipe, dtype: str, device: str) -> Tenso
     )
 
 
-def _host_staging(source: Source) -> int:
+def _host_staging(source: Source, budget: Budget) -> int:
     """Transient host memory of a load that converts nothing."""
-    return STAGING_BYTES["cpu"] + (GGUF_BYTES if source.kind == "gguf" else 0)
+    larger_ring = GPU_RING_BYTES - RING_BYTES if budget.devices != ("cpu",) else 0
+    return STAGING_BYTES["cpu"] + larger_ring + (GGUF_BYTES if source.kind == "gguf" else 0)
 
 
 def _kind(device: str) -> str:
@@ -210,7 +222,7 @@ def _kind(device: str) -> str:
 def _what_fits(plan: Plan, source: Source) -> str:
     """The smallest change that makes the plan fit, tried in turn; no weights are read for it."""
     held = [Entry(name=t.name, shape=t.shape, dtype=t.dtype, kind=t.kind, source_nbytes=t.source_nbytes) for t in plan.tensors]
-    extra = next(d.staging_bytes for d in plan.devices if d.device == "cpu") - _host_staging(source)
+    extra = next(d.staging_bytes for d in plan.devices if d.device == "cpu") - _host_staging(source, plan.budget)
 
     def again(recipe: Recipe, budget: Budget) -> Plan:
         return allocate(held, source, recipe, budget, dtype=plan.dtype, exact=plan.exact, extra_bytes=extra)

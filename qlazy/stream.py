@@ -8,13 +8,15 @@ largest tensor is. Tensors that must be converted as a whole are read one group 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +27,10 @@ from qlazy.fill import Fill, row_count
 from qlazy.memory import trim_heap
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.source import TensorInfo
+from qlazy.staging import page_locked
 from qlazy.trace import Trace
+
+T = TypeVar("T")
 
 PROGRESS_INTERVAL_S = 0.1
 """Seconds between two looks at the progress."""
@@ -82,6 +87,8 @@ class Stream:
         drop_page_cache: Give back to the kernel the file pages that this read brought in, and only those.
         trace: Takes every read.
         chunk_bytes: Most bytes of a chunk, unless 64 rows have more.
+        ring_bytes: Bytes of all slots together, likewise.
+        devices: Where a load to GPUs puts each tensor of the model; they are filled side by side, and the ring is page-locked.
     """
 
     fills: tuple[Fill, ...]
@@ -90,6 +97,8 @@ class Stream:
     drop_page_cache: bool = True
     trace: Trace | None = None
     chunk_bytes: int = CHUNK_BYTES
+    ring_bytes: int = RING_BYTES
+    devices: Mapping[str, str] = field(default_factory=dict)
     bytes_done: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _whole: threading.Lock = field(default_factory=threading.Lock)
@@ -97,9 +106,13 @@ class Stream:
     def __enter__(self) -> Stream:
         """Start the workers."""
         self._stop = threading.Event()
-        room = slot_bytes(self.fills, self.workers, self.chunk_bytes)
-        self._reads = merge(plan_chunks(self.fills, room), room + MERGED_BYTES)
+        room = slot_bytes(self.fills, self.workers, self.chunk_bytes, self.ring_bytes)
+        lanes = by_device(self.fills, self.devices)
+        self._reads = take_turns([merge(plan_chunks(lane, room), room + MERGED_BYTES) for lane in lanes])
         self._ring = make_ring(self.workers, room + MERGED_BYTES)
+        self._locked = contextlib.ExitStack()
+        if self.devices:
+            self._locked.enter_context(page_locked(self._ring))
         self._files = Files(self.drop_page_cache, self.trace)
         self._torch_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qlazy-load")
@@ -111,6 +124,7 @@ class Stream:
         self._stop.set()
         self._pool.shutdown()
         self._files.close()
+        self._locked.close()
         self._ring.clear()
         torch.set_num_threads(self._torch_threads)
         trim_heap()
@@ -164,31 +178,34 @@ class Stream:
         return decode(self._files.read([info], info.offset, info.nbytes, slot), info, row_count(info.shape)).view(info.shape)
 
 
-def slot_bytes(fills: tuple[Fill, ...], workers: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+def slot_bytes(fills: tuple[Fill, ...], workers: int, chunk_bytes: int = CHUNK_BYTES, ring_bytes: int = RING_BYTES) -> int:
     """Bytes of a chunk in one slot: a part of the ring up to `chunk_bytes`, but never less than 64 rows of the widest tensor.
 
     Args:
         fills: What will be read.
         workers: Number of slots.
         chunk_bytes: As much as is wanted.
+        ring_bytes: Of all slots.
     Returns:
         Bytes.
     """
     widest = max((_stripe(fill) for fill in fills if fill.convert is None), default=0)
-    return max(min(chunk_bytes, RING_BYTES // workers - MERGED_BYTES - 2 * MARGIN), widest)
+    return max(min(chunk_bytes, ring_bytes // workers - MERGED_BYTES - 2 * MARGIN), widest)
 
 
-def worker_count(fills: tuple[Fill, ...]) -> int:
+def worker_count(fills: tuple[Fill, ...], chunk_bytes: int = CACHED_BYTES, ring_bytes: int = RING_BYTES) -> int:
     """Workers that the ring has room for: two more than there are processors, so that two can read while all others compute.
 
     Args:
         fills: What will be read.
+        chunk_bytes: Bytes that a worker's slot should have.
+        ring_bytes: Of all slots.
     Returns:
         At least 2.
     """
     widest = max((_stripe(fill) for fill in fills if fill.convert is None), default=1)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(processors + 2, 16, RING_BYTES // max(1, widest)))
+    return max(2, min(processors + 2, 16, ring_bytes // max(1, chunk_bytes, widest)))
 
 
 def plan_chunks(fills: tuple[Fill, ...], limit: int) -> Iterator[Chunk]:
@@ -230,6 +247,38 @@ def merge(chunks: Iterator[Chunk], limit: int) -> Iterator[tuple[Chunk, ...]]:
         run.append(chunk)
     if run:
         yield tuple(run)
+
+
+def by_device(fills: tuple[Fill, ...], devices: Mapping[str, str]) -> list[tuple[Fill, ...]]:
+    """Sort fills by the device that they go to.
+
+    Args:
+        fills: What to read, in file order.
+        devices: Where each tensor of the model lies; empty: all on the host.
+    Returns:
+        The fills of each device, in file order.
+    """
+    lanes: dict[str, list[Fill]] = {}
+    for fill in fills:
+        lanes.setdefault(devices.get(fill.targets[0], "cpu"), []).append(fill)
+    return [tuple(lane) for lane in lanes.values()]
+
+
+def take_turns(lanes: Sequence[Iterator[T]]) -> Iterator[T]:
+    """Go through several sequences side by side.
+
+    Args:
+        lanes: Of any lengths.
+    Yields:
+        One of each in turn, until all have ended.
+    """
+    left = list(lanes)
+    while left:
+        for lane in tuple(left):
+            try:
+                yield next(lane)
+            except StopIteration:
+                left.remove(lane)
 
 
 def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
