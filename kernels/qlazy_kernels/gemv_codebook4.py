@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qlazy_kernels.checks import check_bias, check_codebook4, check_nested, check_tokens, result
-from qlazy_kernels.codebook4 import load_absmax
 from qlazy_kernels.gemv import default_tile
+from qlazy_kernels.inner import one_a_thread
 from qlazy_kernels.tiles import Tile
 
 
@@ -116,54 +116,57 @@ def gemv_codebook4_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_M tokens by BLOCK_N rows, all of K. Inside a tile the columns lie as (blocks of 64, 8 words, 8 codes)."""
-    BLOCKS: tl.constexpr = BLOCK_K // 64
+    """BLOCK_M tokens by BLOCK_N rows, all of K; laid out as in `inner.multiply_rows`."""
+    WORDS: tl.constexpr = BLOCK_K // 8
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     first_token = tl.program_id(1).to(tl.int64) * BLOCK_M
-    n = tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    row_ok = first + n < rows
-    token_ok = first_token + m < tokens
-    blocks = columns // 64
-    block = tl.arange(0, BLOCKS)
-    # One word a thread: then its activations are one vector load of the same thread.
-    word = tl.max_contiguous(block[:, None] * 8 + tl.arange(0, 8)[None, :], (1, 1))
-    k = word[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    total = tl.full((BLOCK_M, BLOCK_N, BLOCKS, 8), 0.0, tl.float32)
+    n = first + tl.arange(0, BLOCK_N)[None, :, None]
+    m = first_token + tl.arange(0, BLOCK_M)[:, None, None]
+    word = tl.arange(0, WORDS)[None, None, :]
+    k = tl.arange(0, BLOCK_K)[None, None, :]
+    words_NP = packed + n * (columns // 8) + word
+    x_tile = x_MK + (m * columns + k)
+    absmax_N = absmax_B + n * (columns // 64)
+    total = tl.full((BLOCK_M, BLOCK_N, WORDS), 0.0, tl.float32)
     for start in range(0, columns, BLOCK_K):
-        word_ok = row_ok[:, None, None] & (word < columns // 8 - start // 8)[None, :, :]
-        at = first * (columns // 8) + (n[:, None, None] * (columns // 8) + start // 8 + word[None, :, :])
-        words = tl.load(packed + at, mask=word_ok, other=0, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
-        x_ok = token_ok[:, None, None, None] & (k < columns - start)[None, :, :, :]
-        x_at = first_token * columns + (m[:, None, None, None] * columns + start + k[None, :, :, :])
+        at = start // 8
+        ok = (n < rows) & (word < columns // 8 - at)
+        words = tl.load(one_a_thread(words_NP, at, 4), mask=ok, other=0, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
         # The cast comes right after the load: Triton's interpreter computes in bfloat16 wrongly.
-        x = tl.load(x_MK + x_at, mask=x_ok, other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(x, (BLOCK_M, BLOCKS, 8, 2, 2, 2)))
+        x_at = tl.max_contiguous(x_tile + start, (1, 1, 8))  # those of its word to a thread, no more
+        x = tl.load(x_at, mask=(m < tokens) & (k < columns - start), other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, (BLOCK_M, 1, WORDS, 2, 2, 2)))
         k04, k26 = tl.split(even)
         k15, k37 = tl.split(odd)
         x0, x4 = tl.split(k04)
         x2, x6 = tl.split(k26)
         x1, x5 = tl.split(k15)
         x3, x7 = tl.split(k37)
-        product = _look_up(code, words, 4) * x0[:, None]
-        product += _look_up(code, words, 0) * x1[:, None]
-        product += _look_up(code, words, 12) * x2[:, None]
-        product += _look_up(code, words, 8) * x3[:, None]
-        product += _look_up(code, words, 20) * x4[:, None]
-        product += _look_up(code, words, 16) * x5[:, None]
-        product += _look_up(code, words, 28) * x6[:, None]
-        product += _look_up(code, words, 24) * x7[:, None]
-        which = (first + n)[:, None] * blocks + start // 64 + block[None, :]
-        ok = row_ok[:, None] & (start // 64 + block < blocks)[None, :]
-        scale = load_absmax(absmax_B, nested_code, nested_absmax, offset, which, ok, NESTED)
-        total += product * scale[None, :, :, None]
-    y = tl.sum(tl.reshape(total, (BLOCK_M, BLOCK_N, BLOCKS * 8)), axis=2)
+        product = _look_up(code, words, 4) * x0
+        product += _look_up(code, words, 0) * x1
+        product += _look_up(code, words, 12) * x2
+        product += _look_up(code, words, 8) * x3
+        product += _look_up(code, words, 20) * x4
+        product += _look_up(code, words, 16) * x5
+        product += _look_up(code, words, 28) * x6
+        product += _look_up(code, words, 24) * x7
+        block = n * (columns // 64) + (at + word) // 8
+        if NESTED:
+            place = tl.load(one_a_thread(absmax_N, (at + word) // 8, 1), mask=ok, other=0).to(tl.int32)
+            scale = tl.load(one_a_thread(nested_absmax, block // 256, 4), mask=ok, other=0.0)
+            absmax = tl.load(one_a_thread(nested_code, place, 4)) * scale + tl.load(offset)
+        else:
+            absmax = tl.load(one_a_thread(absmax_N, (at + word) // 8, 4), mask=ok, other=0.0)
+        total += product * absmax
+    y = tl.sum(total, axis=2)
+    row = first + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
-        y += tl.load(bias_N + first + n, mask=row_ok, other=0.0).to(tl.float32)[None, :]
-    y_tile = y_MN + first_token * rows + first + (m[:, None] * rows + n[None, :])
-    tl.store(y_tile, y.to(y_MN.dtype.element_ty), mask=token_ok[:, None] & row_ok[None, :])
+        y += tl.load(bias_N + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
+    token = first_token + tl.arange(0, BLOCK_M)
+    y_tile = y_MN + token[:, None] * rows + row[None, :]
+    tl.store(y_tile, y.to(y_MN.dtype.element_ty), mask=(token < tokens)[:, None] & (row < rows)[None, :])
 
 
 @triton.jit
 def _look_up(code, words, SHIFT: tl.constexpr):
-    return tl.load(code + ((words >> SHIFT) & 0xF).to(tl.int32))[None]
+    return tl.load(one_a_thread(code, ((words >> SHIFT) & 0xF).to(tl.int32), 4))
