@@ -42,8 +42,6 @@ class Float4:
     """What the bytes of a scale are: a power of two, or an eight-bit float."""
     global_scale: Literal["none", "divides", "multiplies"] = "none"
     """What the number for the whole tensor does to the scales: compressed-tensors divides by it, modelopt multiplies."""
-    product: str = "bfloat16"
-    """Dtype in which value and scale are multiplied."""
     transposed: bool = False
     """Whether the weight that it stands for is (E, K, N), as gpt-oss' experts, and the parts are (E, N, K)."""
 

@@ -1,0 +1,129 @@
+"""Low-bit weights of other libraries, read from files that these libraries made: values equal to their own bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qlazy.source_float8 import as_stored
+from qlazy.source_packed import PackedTensor
+from qlazy.source_quantized import join_parts
+from qlazy.source_safetensors import read_header
+from qlazy.unpack import unpack_rows
+
+FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "quantized").glob("*.safetensors"))
+
+
+def read_rows(info: PackedTensor, start: int, stop: int) -> torch.Tensor:
+    raw = torch.frombuffer(bytearray(info.path.read_bytes()), dtype=torch.uint8)
+    spans = {part.role: part.span(start, stop) for part in info.parts}
+    return unpack_rows(info, {role: raw[begin : begin + nbytes] for role, (begin, nbytes) in spans.items()}, start, stop)
+
+
+def row_count(info: PackedTensor) -> int:
+    return info.shape[0] if len(info.shape) == 2 else info.shape[0] * info.shape[1]
+
+
+def joined(path: Path, config: dict) -> dict[str, PackedTensor]:
+    tensors = {name: info for name, info in read_header(path).items() if not name.startswith("reference:")}
+    found = join_parts({"dtype": "bfloat16", "quantization_config": config}, tensors, where=path.name)
+    assert all(isinstance(info, PackedTensor) for info in found.values())
+    return found
+
+
+def assert_equal(info: PackedTensor, reference: torch.Tensor, *, zero_sign: bool = True) -> None:
+    """The same bits, read at once, and read in pieces; at any alignment of the file's bytes."""
+    rows = row_count(info)
+    step = info.row_block
+    pieces = torch.cat([read_rows(info, start, min(rows, start + step)) for start in range(0, rows, step)])
+    for values in (read_rows(info, 0, rows), pieces):
+        values = values.view(info.shape)
+        assert values.dtype == reference.dtype and values.shape == reference.shape
+        assert torch.equal(values, reference)
+        assert not zero_sign or torch.equal(values.signbit(), reference.signbit())
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=[path.stem for path in FIXTURES])
+def test_values_are_those_of_the_library_that_made_the_file(path):
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["quantization_config"])
+        reference = {name.removeprefix("reference:"): file.get_tensor(name) for name in file.keys() if ":" in name}  # noqa: SIM118
+    found = joined(path, config)
+    assert found.keys() == reference.keys()
+    for name, info in found.items():
+        # modelopt knows no negative zero.
+        assert_equal(info, reference[name], zero_sign="modelopt" not in path.stem)
+
+
+def test_there_is_a_file_of_every_method():
+    assert len(FIXTURES) >= 25
+
+
+def saved(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 32), None])
+def test_fp8_is_what_transformers_makes_of_it(tmp_path, block):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = (torch.randn(256, 384) * 3).to(torch.float8_e4m3fn)
+    grid = (256 // block[0], 384 // block[1]) if block else ()
+    scale = torch.rand(grid) + 0.01
+    path = saved(tmp_path, {"a.weight": weight, "a.weight_scale_inv": scale, "a.activation_scale": torch.tensor(1.0)})
+    config = {"quant_method": "fp8", "weight_block_size": list(block) if block else None}
+    grid_of_one = scale.view(1, 1) if block is None else scale
+    reference = Fp8Dequantize(None)._dequantize_one(weight, grid_of_one, output_dtype=torch.bfloat16)
+    assert_equal(joined(path, config)["a.weight"], reference)
+
+
+def test_fp8_blocks_may_be_cut_off_at_the_edges(tmp_path):
+    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+    weight = (torch.randn(200, 300) * 3).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 3) + 0.01
+    path = saved(tmp_path, {"a.weight": weight, "a.weight_scale_inv": scale})
+    found = joined(path, {"quant_method": "fp8", "weight_block_size": [128, 128]})["a.weight"]
+    assert_equal(found, _dequantize_fp8_weight(weight, scale, [128, 128], torch.float32).bfloat16())
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e8m0fnu, torch.uint8])
+def test_four_bit_experts_in_an_fp8_checkpoint_are_what_transformers_makes_of_them(tmp_path, scale_dtype):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = torch.randint(-128, 128, (96, 64), dtype=torch.int8)
+    scale = torch.randint(120, 130, (96, 4), dtype=torch.uint8).view(scale_dtype)
+    path = saved(tmp_path, {"a.weight": weight, "a.scale": scale})
+    reference = Fp8Dequantize(None)._dequantize_one(weight, scale, output_dtype=torch.bfloat16)
+    assert_equal(joined(path, {"quant_method": "fp8", "weight_block_size": [128, 128]})["a.weight"], reference)
+
+
+def test_fp8_experts_of_three_dimensions(tmp_path):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    weight = (torch.randn(3, 64, 128) * 3).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 2, 4) + 0.01
+    path = saved(tmp_path, {"experts.down_proj": weight, "experts.down_proj_scale_inv": scale})
+    found = joined(path, {"quant_method": "fp8", "weight_block_size": [32, 32]})["experts.down_proj"]
+    assert_equal(found, Fp8Dequantize(None)._dequantize_one(weight, scale, output_dtype=torch.bfloat16))
+
+
+def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = torch.randint(0, 256, (3, 80, 4, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 135, (3, 80, 4), dtype=torch.uint8)
+    path = saved(tmp_path, {"experts.gate_up_proj_blocks": blocks, "experts.gate_up_proj_scales": scales})
+    found = joined(path, {"quant_method": "mxfp4"})["experts.gate_up_proj"]
+    reference = convert_moe_packed_tensors(blocks, scales)
+    assert found.shape == reference.shape == (3, 128, 80)
+    assert_equal(found, reference)
+    straight = as_stored(found)
+    assert straight.shape == (3, 80, 128)
+    assert torch.equal(read_rows(straight, 80, 83), reference[1].t()[:3])
