@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from qlazy.errors import QlazyError
     from qlazy.hf import QlazyConfig
     from qlazy.lazy import lazy_build, materialize
+    from qlazy.save_api import save_quantized
 
 __version__ = "0.1.0"
 
-__all__ = ["QlazyConfig", "QlazyError", "__version__", "lazy_build", "load_quantized", "materialize", "plan"]
+__all__ = ["QlazyConfig", "QlazyError", "__version__", "lazy_build", "load_quantized", "materialize", "plan", "save_quantized"]
 
 _HOMES = {
     "QlazyConfig": "qlazy.hf",
@@ -32,6 +33,7 @@ _HOMES = {
     "load_quantized": "qlazy.api",
     "materialize": "qlazy.lazy",
     "plan": "qlazy.api",
+    "save_quantized": "qlazy.save_api",
 }
 
 

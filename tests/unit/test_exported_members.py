@@ -11,7 +11,7 @@ import pytest
 
 import qlazy
 
-PUBLIC = ["QlazyConfig", "QlazyError", "__version__", "lazy_build", "load_quantized", "materialize", "plan"]
+PUBLIC = ["QlazyConfig", "QlazyError", "__version__", "lazy_build", "load_quantized", "materialize", "plan", "save_quantized"]
 
 
 def test_public_names_are_frozen():
@@ -47,6 +47,8 @@ TORCH_FREE = [
     "qlazy.configs",
     "qlazy.demand",
     "qlazy.errors",
+    "qlazy.fingerprint",
+    "qlazy.folder",
     "qlazy.formats",
     "qlazy.memory",
     "qlazy.outfile",
@@ -57,6 +59,9 @@ TORCH_FREE = [
     "qlazy.plot",
     "qlazy.recipe",
     "qlazy.report",
+    "qlazy.save_api",
+    "qlazy.saved",
+    "qlazy.shards",
     "qlazy.sizes",
     "qlazy.source",
     "qlazy.source_gguf",

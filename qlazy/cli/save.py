@@ -1,0 +1,74 @@
+"""`qlazy save`: quantize a model into a folder, file by file, without ever holding it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlazy.cli.app import app, print_json
+from qlazy.cli.options import Model, Options, with_options
+from qlazy.folder import require_replaceable
+from qlazy.save_api import LAYOUTS, save_recipe
+from qlazy.saved import SaveReport, read_manifest
+from qlazy.sizes import parse_bytes
+from qlazy.source import open_source
+
+
+@app.command(
+    epilog="Examples:\nqlazy save demo demo-int4\nqlazy save llama-8b llama-8b-nf4 --as bitsandbytes\n"
+    "qlazy save ./folder ./folder-int4 --symmetric --group-size 64 --head-bits 16"
+)
+@with_options
+def save(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.", show_default=False)],
+    *,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            help=f"Whose layout the folder has: {', '.join(LAYOUTS)}; by default the first, and for nf4 and fp4 the second.",
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Size of a file.")] = "512MiB",
+    force: Annotated[bool, typer.Option("--force", help="Replace a folder that holds something.")] = False,
+    options: Options,
+) -> None:
+    """Quantize MODEL into FOLDER, which qlazy, transformers and vLLM open; goes on where it was cut off."""
+    arguments = options.recipe_arguments()
+    recipe = save_recipe(layout, weights=arguments.pop("format", None), **arguments)
+    shard_bytes = parse_bytes(max_shard_size)
+    if read_manifest(folder) is None:
+        require_replaceable(folder, force=force)
+    source = open_source(model, headers_only=True, **options.source_arguments())
+
+    from qlazy.cli.generate import fetch, hush
+    from qlazy.cli.progress import Display
+    from qlazy.layouts import require_layout
+    from qlazy.save import save as save_source
+
+    hush(options)
+    with Display(silent=options.quiet or options.json) as display:
+        report = save_source(
+            fetch(source, options, display),
+            recipe,
+            folder,
+            layout=None if layout is None else require_layout(layout),
+            dtype=options.dtype,
+            force=force,
+            shard_bytes=shard_bytes,
+            trust_remote_code=options.trust_remote_code,
+            drop_page_cache=options.drop_page_cache,
+            on_progress=display,
+        )
+    options.say(str(report))
+    if options.json:
+        print_json(_to_json(report))
+    options.say(f"Next: qlazy run {folder} 'Hello'\n      vllm serve {folder}")
+
+
+def _to_json(report: SaveReport) -> dict[str, object]:
+    return {"schema": 1} | dataclasses.asdict(report) | {"folder": str(report.folder)}

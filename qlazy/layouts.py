@@ -1,0 +1,256 @@
+"""Packed weights as other libraries have them on disk, and back: names, shapes and bit order of the tensors of a saved folder.
+
+compressed-tensors   Int4: our own tensors, byte for byte. Int8: the same bytes with the top bit flipped, four in a word
+bitsandbytes         NF4, FP4: our own tensors. Int8, one scale a row: our own bytes, the scale times 127 in float32
+gptq                 Int4, Int8: the words of compressed-tensors, transposed
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qlazy import codebook
+from qlazy.errors import UsageError
+from qlazy.formats import BNB_BLOCK, BNB_NESTED_BLOCK, Codebook4, Format, Int4, Int8
+
+Layout = Literal["compressed-tensors", "bitsandbytes", "gptq"]
+"""Whose layout a folder has."""
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+_WORD = {4: 8, 8: 4}
+"""Integers in a word, by bits."""
+_BNB_STATE = "weight.quant_state.bitsandbytes__"
+
+
+def default_layout(fmt: Format) -> Layout:
+    """The layout of a folder where none is asked for.
+
+    Args:
+        fmt: Format of most of its weights.
+    Returns:
+        compressed-tensors for integers, bitsandbytes for its codebooks.
+    """
+    return "bitsandbytes" if isinstance(fmt, Codebook4) else "compressed-tensors"
+
+
+def misfit(layout: Layout, fmt: Format, rows: int, columns: int) -> str:
+    """Why a layout cannot hold a weight.
+
+    Args:
+        layout: Of the folder.
+        fmt: How the weight is packed.
+        rows: N.
+        columns: K.
+    Returns:
+        The reason, to go on after the name of the weight; empty where it can.
+    """
+    if layout == "bitsandbytes":
+        fits = isinstance(fmt, Codebook4) or fmt == Int8()
+        return "" if fits else f"is {fmt.name}, and bitsandbytes has nf4, fp4 and int8 with one scale a row"
+    if isinstance(fmt, Codebook4):
+        return f"is {fmt.name}, and {layout} has integers only"
+    if layout == "gptq":
+        if isinstance(fmt, Int4) and not fmt.symmetric and rows % 8:
+            return f"has {rows} rows, and gptq packs eight zero points into a word"
+        word = _WORD[fmt.bits]
+        if rows % word or columns % word:
+            return f"is {rows} x {columns}, and gptq takes multiples of {word}"
+    return ""
+
+
+def to_stored(
+    layout: Layout, fmt: Format, held: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A packed weight as the folder holds it.
+
+    Args:
+        layout: Of the folder; it can hold the weight.
+        fmt: How the weight is packed.
+        held: Its tensors by the names of `Format.storage`; meta tensors tell the shapes.
+        rows: N.
+        columns: K.
+        dtype: That the layer computes in.
+    Returns:
+        Tensors by their name after the layer's.
+
+    Memory: views, but for int8 in words and for gptq, which take as much again.
+    """
+    if layout == "bitsandbytes":
+        return _to_bitsandbytes(fmt, held, rows, columns, dtype)
+    words = held["weight_packed"] if isinstance(fmt, Int4) else _int8_words(held["weight_packed"])
+    scale, zero = held["weight_scale"], held.get("weight_zero_point")
+    if layout == "gptq":
+        return _to_gptq(fmt, words, scale, zero, columns)
+    stored = {"weight_packed": words, "weight_scale": scale}
+    if zero is not None:
+        stored["weight_zero_point"] = zero
+    return stored | {"weight_shape": torch.tensor([rows, columns], dtype=torch.int64)}
+
+
+def quantization_config(
+    layout: Layout, packed: Mapping[str, Format], unpacked: Sequence[str], others: Sequence[str]
+) -> dict[str, Any]:
+    """What `config.json` says of a folder's weights, for transformers, compressed-tensors, vLLM and gptqmodel.
+
+    Args:
+        layout: Of the folder.
+        packed: Format by name of layer.
+        unpacked: Linear layers that are not packed.
+        others: Those of `packed` that are no plain linear layers, such as embeddings.
+    Returns:
+        The `quantization_config`.
+    """
+    counts: dict[Format, int] = {}
+    for name, fmt in packed.items():
+        counts[fmt] = counts.get(fmt, 0) + (name not in others)
+    formats = sorted(counts, key=lambda fmt: -counts[fmt])
+    most = formats[0] if formats else Int4()
+    if layout == "bitsandbytes":
+        return _bitsandbytes_config(most, unpacked)
+    if layout == "gptq":
+        return _gptq_config(most, packed, unpacked)
+    groups = {}
+    for number, fmt in enumerate(formats):
+        names = [name for name, own in packed.items() if own == fmt and (number or name in others)]
+        targets = [*(["Linear"] if not number else []), *names]
+        groups[f"group_{number}"] = {
+            "targets": targets,
+            "weights": _scheme(fmt),
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(unpacked),
+        "kv_cache_scheme": None,
+    }
+
+
+def _scheme(fmt: Format) -> dict[str, Any]:
+    assert isinstance(fmt, Int4 | Int8)
+    channel = fmt.group_size == -1
+    return {
+        "num_bits": fmt.bits,
+        "type": "int",
+        "symmetric": fmt.symmetric if isinstance(fmt, Int4) else True,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else fmt.group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+
+
+def _bitsandbytes_config(fmt: Format, unpacked: Sequence[str]) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": isinstance(fmt, Codebook4),
+        "load_in_8bit": not isinstance(fmt, Codebook4),
+        "llm_int8_skip_modules": list(unpacked),
+    }
+    if isinstance(fmt, Codebook4):
+        said |= {
+            "bnb_4bit_quant_type": fmt.kind,
+            "bnb_4bit_use_double_quant": fmt.double_quant,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    return said
+
+
+def _gptq_config(fmt: Format, packed: Mapping[str, Format], unpacked: Sequence[str]) -> dict[str, Any]:
+    symmetric = fmt.symmetric if isinstance(fmt, Int4) else True
+    said = {
+        "quant_method": "gptq",
+        "bits": fmt.bits,
+        "group_size": fmt.group_size,
+        "desc_act": False,
+        "sym": symmetric,
+        "lm_head": "lm_head" in packed,
+        # The first version of the format stores zeros less one, which asymmetric zeros of 0 do not survive.
+        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
+        "modules_to_not_convert": list(unpacked),
+    }
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in unpacked}
+    for name, own in packed.items():
+        if own != fmt:
+            rule = {"bits": own.bits, "group_size": own.group_size, "sym": getattr(own, "symmetric", True)}
+            dynamic[f"+:^{name.replace('.', chr(92) + '.')}$"] = rule
+    return said | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _int8_words(packed: Tensor) -> Tensor:
+    """int8 (N, K) -> int32 (N, ceil(K/4)): four bytes q + 128 in a word."""
+    flipped = packed.view(torch.uint8) ^ 0x80
+    return torch.nn.functional.pad(flipped, (0, -packed.shape[1] % 4)).view(torch.int32)
+
+
+def _to_gptq(fmt: Format, words: Tensor, scale: Tensor, zero: Tensor | None, columns: int) -> dict[str, Tensor]:
+    rows, groups, word = words.shape[0], scale.shape[1], _WORD[fmt.bits]
+    if zero is None:
+        filler = 0x77777777 if fmt.bits == 4 else 0x7F7F7F7F  # 8, or 128, less one
+        zeros = torch.full((groups, rows // word), filler, dtype=torch.int32, device=words.device)
+    else:
+        zeros = zero.t().contiguous()
+    half = scale.to(torch.float16)
+    exact = scale.is_meta or torch.equal(half.to(scale.dtype), scale)
+    size = columns if fmt.group_size == -1 else fmt.group_size
+    return {
+        "qweight": words.t().contiguous(),
+        "qzeros": zeros,
+        # Readers expect float16, and take what else there is; a scale that float16 cannot hold stays as it is.
+        "scales": (half if exact else scale).t().contiguous(),
+        "g_idx": torch.arange(columns, dtype=torch.int32) // size,
+    }
+
+
+def _to_bitsandbytes(fmt: Format, held: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    if not isinstance(fmt, Codebook4):
+        return {
+            "weight": held["weight_packed"],
+            "SCB": held["weight_scale"].float().flatten() * 127,
+            "weight_format": torch.zeros((), dtype=torch.uint8),
+        }
+    state: dict[str, Any] = {
+        "quant_type": fmt.kind,
+        "blocksize": BNB_BLOCK,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": [rows, columns],
+    }
+    stored = {"weight": held["weight_packed"].view(-1, 1), "weight.quant_map": codebook.CODES[fmt.kind]}
+    if not fmt.double_quant:
+        stored["weight.absmax"] = held["absmax"]
+    else:
+        stored["weight.absmax"] = held["absmax_packed"]
+        stored["weight.nested_absmax"] = held["nested_absmax"]
+        stored["weight.nested_quant_map"] = codebook.nested_code()
+        state["nested_blocksize"] = BNB_NESTED_BLOCK
+        state["nested_dtype"] = "float32"
+        state["nested_offset"] = 0.0 if held["nested_offset"].is_meta else held["nested_offset"].item()
+    stored[_BNB_STATE + fmt.kind] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    return stored
+
+
+def require_layout(layout: str) -> Layout:
+    """Check the name of a layout.
+
+    Args:
+        layout: What was asked for.
+    Returns:
+        The same.
+    Raises:
+        UsageError: there is none of that name.
+    """
+    for known in LAYOUTS:
+        if layout == known:
+            return known
+    raise UsageError(f"There is no layout {layout!r}.", hint=f"Use {', '.join(LAYOUTS)}.")

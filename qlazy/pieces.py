@@ -1,0 +1,227 @@
+"""Cut a model into pieces that can be written one after the other: what fills each, and what it is called on disk.
+
+A folder has the names of the checkpoint that it comes from, as that is what other engines know. What is not quantized goes from
+file to file as it is stored, so that not even fused experts have to be taken apart again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from qlazy.errors import UsageError
+from qlazy.fill import Fill
+from qlazy.formats import ITEMSIZE, Format
+from qlazy.layouts import Layout, misfit, quantization_config
+from qlazy.match import Match
+from qlazy.plan import Plan, TensorPlan
+from qlazy.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One tensor of a model, or a weight that is packed, as it is called on disk."""
+
+    key: str
+    """Its name there; of a packed weight the name that the weight would have."""
+    name: str
+    """Its name in the model; empty where a stored tensor is passed on as it is."""
+    format: Format | None
+    """How it is packed; None = not at all."""
+    shape: tuple[int, ...]
+    """Its shape before that."""
+    dtype: str
+    """Its dtype; of a packed weight that of its scales."""
+    nbytes: int
+    """Bytes that it takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Tensors that are filled, and so written, together."""
+
+    fills: tuple[Fill, ...]
+    """What is read for them."""
+    outputs: tuple[Output, ...]
+    """What is written."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written."""
+        return sum(output.nbytes for output in self.outputs)
+
+
+def make_pieces(model: PreTrainedModel, plan: Plan, match: Match, source: Source) -> list[Piece]:
+    """Cut a placeholder into pieces.
+
+    Args:
+        model: A placeholder, its layers swapped.
+        plan: The exact plan.
+        match: What fills it.
+        source: Where it comes from.
+    Returns:
+        Pieces that hold every stored tensor once, in file order.
+
+    Memory: names and shapes.
+    """
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    together: dict[str, list[Fill]] = {}  # by module, of what is quantized, and else by target
+    for fill in match.fills:
+        places = [_place(target, planned[target]) for target in fill.targets]
+        fills = [fill]
+        for place in places:
+            fills += [other for other in together.get(place, []) if other not in fills]
+        for place in {_place(target, planned[target]) for one in fills for target in one.targets}:
+            together[place] = fills
+    names = [target for fill in match.fills for target in fill.targets]
+    keys = hub_names(model, names)
+    pieces, seen = [], set()
+    for fills in together.values():
+        if id(fills[0]) in seen:
+            continue
+        seen |= {id(fill) for fill in fills}
+        targets = list(dict.fromkeys(target for fill in fills for target in fill.targets))
+        kept = source.kind == "safetensors" and all(planned[target].format is None for target in targets)
+        if kept:
+            outputs = [_passed_on(info, planned[fill.targets[0]]) for fill in fills for info in fill.sources]
+        else:
+            outputs = [_made(target, planned[target], fills, keys, source) for target in targets]
+        fills = [straight for fill in fills for straight in _one_by_one(fill)] if kept else fills
+        pieces.append(Piece(fills=tuple(fills), outputs=tuple(outputs)))
+    return pieces
+
+
+def cut_shards(pieces: Iterable[Piece], shard_bytes: int) -> Iterator[list[Piece]]:
+    """Put pieces into shards.
+
+    Args:
+        pieces: In order.
+        shard_bytes: Bytes of a shard; more only where one piece has more.
+    Yields:
+        The pieces of each shard.
+    """
+    shard: list[Piece] = []
+    held = 0
+    for piece in pieces:
+        if shard and held + piece.nbytes > shard_bytes:
+            yield shard
+            shard, held = [], 0
+        shard.append(piece)
+        held += piece.nbytes
+    if shard:
+        yield shard
+
+
+def require_layout_fits(pieces: Iterable[Piece], layout: Layout) -> None:
+    """Refuse weights that a layout cannot hold before anything is read.
+
+    Args:
+        pieces: What will be written.
+        layout: Whose layout.
+    Raises:
+        UsageError: which weight, and why.
+    """
+    kinds = set()
+    for output in (output for piece in pieces for output in piece.outputs):
+        if output.format is None:
+            continue
+        rows, columns = output.shape[-2:]
+        path = output.key.removesuffix(".weight")
+        reason = misfit(layout, output.format, rows, columns)
+        kinds.add(output.format)
+        if not reason and layout == "bitsandbytes" and len(kinds) > 1:
+            reason = f"is {output.format.name}, and a bitsandbytes folder has one format"
+        if reason:
+            other = "--head-bits 16" if "head" in output.key else f"--modules-to-not-convert {path}"
+            raise UsageError(f"{path} {reason}.", hint=f"Use --as compressed-tensors, or {other}.")
+
+
+def describe(layout: Layout, model: nn.Module, pieces: Iterable[Piece]) -> dict[str, Any]:
+    """The `quantization_config` of what is written.
+
+    Args:
+        layout: Whose layout.
+        model: The model.
+        pieces: All of it.
+    Returns:
+        The config.
+    """
+    outputs = [output for piece in pieces for output in piece.outputs]
+    packed = {output.key.removesuffix(".weight"): output.format for output in outputs if output.format is not None}
+    left, others = [], []
+    for output in outputs:
+        path = output.key.removesuffix(".weight")
+        owner = _module(model, output.name.rpartition(".")[0]) if output.name else _module(model, path)
+        embeds = isinstance(owner, nn.Embedding) or "Embedding" in type(owner).__name__
+        if output.format is None and len(output.shape) == 2 and output.key.endswith(".weight") and not embeds:
+            left.append(path)
+        if output.format is not None and embeds:
+            others.append(path)
+    # A tied head is in no file, and is a linear layer all the same.
+    linear = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+    left += [path for path in hub_names(model, linear).values() if path not in left and path not in packed]
+    left += [path for path in linear if path not in left and path not in packed]
+    return quantization_config(layout, packed, left, others)
+
+
+def hub_names(model: PreTrainedModel | nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """What tensors of a model are called in its checkpoints, by transformers' own renames.
+
+    Args:
+        model: A placeholder or a loaded model.
+        names: Names in the model.
+    Returns:
+        By name; what is converted and not just renamed keeps its name.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in names}
+    marks = {name: torch.empty(0, device="meta") for name in names}
+    by_mark = {id(mark): name for name, mark in marks.items()}
+    try:
+        found: Mapping[str, Tensor] = revert_weight_conversion(model, dict(marks))
+    except Exception:  # a conversion that looks into what it is given
+        return {name: name for name in names}
+    renamed = {by_mark[id(mark)]: key for key, mark in found.items() if id(mark) in by_mark}
+    return {name: renamed.get(name, name) for name in names}
+
+
+def _place(target: str, planned: TensorPlan) -> str:
+    return target.rpartition(".")[0] if planned.format is not None else f"{target} itself"
+
+
+def _passed_on(info: Any, planned: TensorPlan) -> Output:
+    nbytes = math.prod(info.shape) * ITEMSIZE.get(planned.dtype, 1)
+    return Output(key=info.name, name="", format=None, shape=info.shape, dtype=planned.dtype, nbytes=nbytes)
+
+
+def _made(target: str, planned: TensorPlan, fills: Sequence[Fill], keys: Mapping[str, str], source: Source) -> Output:
+    own = [fill for fill in fills if target in fill.targets]
+    single = source.kind == "safetensors" and len(own) == 1 and len(own[0].sources) == len(own[0].targets) == 1
+    return Output(
+        key=own[0].sources[0].name if single else keys[target],
+        name=target,
+        format=planned.format,
+        shape=planned.shape,
+        dtype=planned.dtype,
+        nbytes=planned.nbytes,
+    )
+
+
+def _one_by_one(fill: Fill) -> Iterator[Fill]:
+    """Fills of stored tensors by themselves, in place of one that converts them."""
+    for info in fill.sources:
+        yield Fill(sources=(info,), targets=(info.name,), row_block=fill.row_block)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None

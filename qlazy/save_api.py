@@ -1,0 +1,164 @@
+"""The public function `save_quantized`. Importing this module imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from qlazy.errors import UsageError
+from qlazy.recipe import Recipe, make_recipe
+from qlazy.report import Progress
+from qlazy.saved import SaveReport
+from qlazy.sizes import parse_bytes
+from qlazy.source import open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LAYOUTS = ("compressed-tensors", "bitsandbytes", "gptq")
+"""Whose layout a folder can have."""
+
+_WEIGHTS = ("int4", "int8", "nf4", "fp4")
+
+
+def save_quantized(
+    model: PreTrainedModel | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    weights: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    double_quant: bool = True,
+    head_bits: int | None = None,
+    modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
+    dtype: str = "auto",
+    max_shard_size: str | int = "512MiB",
+    force: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> SaveReport:
+    """Write a model's low-bit weights to a folder that qlazy, transformers and vLLM open.
+
+        qlazy.save_quantized("org/name", "name-int4")        # never holds the model
+        qlazy.save_quantized(model, "name-int4")             # what is loaded, as it is
+        qlazy.load_quantized("name-int4")                    # mapped, not read
+
+    Args:
+        model: A folder, a `.gguf` file, an alias, or a hub id; or a model that `load_quantized` gave.
+        folder: The folder to make. It is there as a whole or not at all; a save that was cut off goes on where it was.
+        format: Whose layout it has: `compressed-tensors` (default for integers), `bitsandbytes` (for nf4 and fp4) or `gptq`.
+        weights: `int4`, `int8`, `nf4` or `fp4`; by default what `bits` and `format` say. Of no meaning for a loaded model, as
+            are all that follow but `max_shard_size` and `force`.
+        bits: 4 or 8.
+        group_size: Columns that share a scale.
+        symmetric: Int4 without zero points; the default under `gptq`.
+        double_quant: NF4 and FP4 with absmax in 8 bits.
+        head_bits: Bits of an output head that is not tied to the embedding: by default 8, and 16 where the layout has no room
+            for a second format.
+        modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
+        dtype: `auto` or a torch dtype name, for what is not quantized.
+        max_shard_size: Bytes or size of a file.
+        force: Replace a folder that holds something.
+        revision: Branch, tag or commit on the hub.
+        token: Hub token.
+        cache_dir: Hub cache.
+        local_files_only: Do not ask the hub.
+        trust_remote_code: Run Python code that lies in a local folder; none is downloaded.
+        on_progress: Called a few times a second with a `Progress`.
+    Returns:
+        What was written.
+    Raises:
+        UsageError: the folder holds something else, or the layout cannot hold the weights' format.
+        OutOfSpace: the disk is full; what is complete stays for the next attempt.
+        QlazyError: the model is not found, not supported or damaged.
+
+    Memory: one file, or the largest tensor where that is more, and the ring of a load; of a loaded model a copy of one file's
+    tensors at most.
+    """
+    if not isinstance(model, str | os.PathLike):
+        from qlazy.layouts import require_layout
+        from qlazy.save_model import save_model
+
+        layout = None if format is None else require_layout(format)
+        return save_model(model, os.fspath(folder), layout=layout, force=force, shard_bytes=parse_bytes(str(max_shard_size)))
+    recipe = save_recipe(
+        format,
+        weights=weights,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        double_quant=double_quant,
+        head_bits=head_bits,
+        modules_to_not_convert=modules_to_not_convert,
+    )
+
+    def downloading(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress(stage="download", done_bytes=done, total_bytes=total, host_bytes=0))
+
+    source = open_source(
+        model,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        on_progress=downloading,
+    )
+    from qlazy.layouts import require_layout
+    from qlazy.save import save
+
+    return save(
+        source,
+        recipe,
+        os.fspath(folder),
+        layout=None if format is None else require_layout(format),
+        dtype=dtype,
+        force=force,
+        shard_bytes=parse_bytes(str(max_shard_size)),
+        trust_remote_code=trust_remote_code,
+        on_progress=on_progress,
+    )
+
+
+def save_recipe(
+    layout: str | None,
+    *,
+    weights: str | None = None,
+    bits: int | None = None,
+    symmetric: bool | None = None,
+    head_bits: int | None = None,
+    **options: Any,
+) -> Recipe:
+    """The recipe of a save: defaults are those that the layout has room for.
+
+    Args:
+        layout: Whose layout the folder has, or None.
+        weights: Format of the weights, or None.
+        bits: 4 or 8, or None.
+        symmetric: Int4 without zero points, or None.
+        head_bits: Bits of the head, or None.
+        **options: Other arguments of `make_recipe`.
+    Returns:
+        The recipe.
+    Raises:
+        UsageError: as `make_recipe`, or a layout that does not exist.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        named = " That is a format of weights: weights=" + repr(layout) + "." if layout in _WEIGHTS else ""
+        raise UsageError(f"There is no layout {layout!r}.{named}", hint=f"Use {', '.join(LAYOUTS)}.")
+    if layout == "bitsandbytes" and weights is None and bits != 8:
+        weights = "nf4"
+    if layout == "gptq" and symmetric is None and weights != "int8" and bits != 8:
+        symmetric = True
+    if head_bits is None:
+        one_format = layout in ("bitsandbytes", "gptq") or weights in ("nf4", "fp4")
+        head_bits = 16 if one_format else 8
+    bits = bits if bits is not None else (8 if weights == "int8" else 4)
+    return make_recipe(bits=bits, format=weights, symmetric=symmetric, head_bits=head_bits, **options)
