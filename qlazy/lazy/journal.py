@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qlazy.lazy import generators
-from qlazy.lazy.draw import after, draw_of
+from qlazy.lazy.draw import draw_of
+from qlazy.lazy.draw_model import after
 from qlazy.lazy.edits import edited
 from qlazy.lazy.log import Op, Record, Ref, Slot, Version, geometry_of, map_leaves, record_of, set_record, tensor_on, writes_to
 from qlazy.lazy.numpy_views import NumpyView

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import _disable_current_modes
 
+from qlazy.lazy.draw import draw_of
+from qlazy.lazy.draw_model import generate_in_threads
 from qlazy.lazy.log import Geometry, Op, Ref, Slot, Version, geometry_of, map_leaves, tensor_on
-from qlazy.lazy.schema import with_generator
+from qlazy.lazy.schema import FILLS, with_generator
 
 Memory = dict[Slot, UntypedStorage]
 _default_generator = threading.RLock()
@@ -150,6 +152,10 @@ def _as_recorded(result: Tensor, slot: Slot, geometry: Geometry, taken: set[int]
 
 
 def _draw(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator | None) -> Any:
+    if generator is None and op.func in FILLS:
+        draw = draw_of(op.func, args, kwargs, args[0])
+        if draw is not None and generate_in_threads(args[0], op.position, draw):
+            return args[0]
     generator = generator or op.position.generator()
     func = with_generator(op.func)
     if func is None:

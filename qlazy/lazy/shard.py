@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qlazy.errors import UsageError
-from qlazy.lazy.draw import Draw, draw_of, generate, random_access
+from qlazy.lazy.draw import Draw, draw_of
+from qlazy.lazy.draw_model import generate, random_access
 from qlazy.lazy.edits import edited
 from qlazy.lazy.log import Geometry, Op, Record, Ref, geometry_of, leaves, map_leaves, record_of, tensor_on
 from qlazy.lazy.replay import plain, replay, slice_of

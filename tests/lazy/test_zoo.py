@@ -1,6 +1,6 @@
 """Models of every kind, built eagerly and lazily under one seed: the same to the bit.
 
-`benchmarks/lazy_census.py` compares all there are; here are those that others cannot build lazily, and a sample.
+`docs/generate_lazy_census.py` compares all there are; here are those that others cannot build lazily, and a sample.
 """
 
 import importlib.util

@@ -6,7 +6,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qlazy.lazy.draw import Draw, after, generate, random_access
+from qlazy.lazy.draw import Draw
+from qlazy.lazy.draw_model import after, generate, random_access
 from qlazy.lazy.rng import Position, run_exactly
 
 FLOATS = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])

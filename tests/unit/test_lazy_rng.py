@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from qlazy.lazy import draw as draws
-from qlazy.lazy.draw import Draw, after, draw_of, generate, random_access
+from qlazy.lazy import draw_model as draws
+from qlazy.lazy import lazy_build, materialize
+from qlazy.lazy.draw import Draw, draw_of
+from qlazy.lazy.draw_model import after, generate, random_access
 from qlazy.lazy.rng import Position, run_exactly
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -189,3 +191,38 @@ def test_going_on_from_a_part_needs_no_jump(monkeypatch):
     monkeypatch.setattr("qlazy.lazy.rng.advance", lambda state, words: advanced.append(words) or state.clone())
     after(position, draw).state()
     assert advanced == [0]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_long_draws_take_several_threads(monkeypatch, threads, dtype):
+    monkeypatch.setattr(draws, "LONG", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    started = []
+    into = draws.generate_into
+
+    def noted(out, position, draw, start):
+        started.append(start)
+        return into(out, position, draw, start)
+
+    monkeypatch.setattr(draws, "generate_into", noted)
+
+    def build():
+        module = torch.nn.Module()
+        # A pair is left over before the second, and the others begin in the middle of a block of the stream.
+        module.tensors = [
+            torch.empty(33, 31, dtype=dtype).normal_(),
+            torch.empty(3, dtype=dtype).normal_(),
+            torch.empty(1001, dtype=dtype).uniform_(-1, 1),
+            torch.empty(40, 50, dtype=dtype).normal_(0, 0.02),
+            torch.empty(40, 50, dtype=dtype).t().normal_(),
+            torch.empty(1000, dtype=dtype).cauchy_(),
+        ]
+        return module
+
+    torch.manual_seed(5)
+    eager = build()
+    torch.manual_seed(5)
+    lazy = materialize(lazy_build(build))
+    assert all(torch.equal(one, other) for one, other in zip(eager.tensors, lazy.tensors, strict=True))
+    assert len(started) == 4 * threads and started.count(0) == 4

@@ -1,13 +1,13 @@
 """Every model that is known here, built eagerly and lazily under one seed and compared: writes docs/lazy_census.md.
 
-    python benchmarks/lazy_census.py [--libraries transformers timm ...] [--families bert vit ...] [--results FILE]
+    python docs/generate_lazy_census.py [--libraries transformers timm ...] [--families bert vit ...] [--results FILE]
 
 All model types of transformers with every class of the auto mappings (of their modules, where those have none), shrunk; one
 model for each family of timm and of torchvision; diffusers' models. A library that is not installed is left out, and what
 needs one is listed. They go into a folder of their own, so that nothing replaces torch:
 
     pip install --no-deps --target .cache/census timm diffusers "torchvision==0.28.*" importlib_metadata zipp Pillow
-    PYTHONPATH=.cache/census python benchmarks/lazy_census.py
+    PYTHONPATH=.cache/census python docs/generate_lazy_census.py
 
 Takes about half an hour. With `--families` it prints what it finds and writes no page.
 """
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "lazy_census.md"
 LIBRARIES = ("transformers", "timm", "diffusers", "torchvision")
 CHUNK = 25
-SECONDS = 240
+SECONDS = 900
 """What one model may take; one that takes longer is listed."""
 BYTES = 6 << 30
 """What a process may allocate."""
@@ -130,7 +130,7 @@ def page(results: list[dict[str, Any]]) -> str:
     """
     parts = [
         "# Lazy building against eager construction",
-        "Written by `python benchmarks/lazy_census.py`. Each model is built twice under one seed: eagerly, and under "
+        "Written by `python docs/generate_lazy_census.py`. Each model is built twice under one seed: eagerly, and under "
         "`lazy_build` with `materialize` after it. Compared are the bytes of all parameters, buffers and plain tensor "
         "attributes, dtypes, strides, plain values on modules, which tensors are the same object or share storage, and the "
         "generators' states.",
@@ -168,7 +168,9 @@ def page(results: list[dict[str, Any]]) -> str:
 
 def _versions(results: list[dict[str, Any]]) -> str:
     libraries = ["torch", *dict.fromkeys(result["library"] for result in results)]
-    return "Versions: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries) + "."
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return f"Versions: qlazy at {commit.stdout.strip() or 'an unknown commit'}, {versions}."
 
 
 def _counts(results: list[dict[str, Any]]) -> str:
