@@ -1,7 +1,8 @@
 /* The few vector operations that the products need, for AVX-512, for AVX2 and in plain C.
  *
  * LANES 32-bit lanes a vector, twice as many 16-bit words, four times as many bytes. `dot` multiplies words with words, adds the two
- * products of each lane to it and wraps around as 32-bit integers do.
+ * products of each lane to it and wraps around as 32-bit integers do. Where BYTES is set, `dot_bytes` does so with the four products
+ * of unsigned bytes and signed ones.
  */
 #pragma once
 #include <stdint.h>
@@ -39,6 +40,17 @@ INLINE word_table make_table(const int16_t *values) {
     const __m256i once = _mm256_loadu_si256((const __m256i *)values);
     return _mm512_inserti64x4(_mm512_castsi256_si512(once), once, 1);
 }
+#ifdef __AVX512VNNI__
+#define BYTES 1
+INLINE integers load_integers(const int32_t *from) { return _mm512_loadu_si512(from); }
+INLINE void store_negative(int32_t *to, integers v) { _mm512_storeu_si512(to, _mm512_sub_epi32(_mm512_setzero_si512(), v)); }
+INLINE words all_bytes(int value) { return _mm512_set1_epi8((char)value); }
+INLINE words low_nibbles(words w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
+INLINE words high_nibbles(words w) { return low_nibbles(_mm512_srli_epi16(w, 4)); }
+INLINE words plus_128(words w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
+INLINE integers dot_bytes(integers sum, words a, words b) { return _mm512_dpbusd_epi32(sum, a, b); }
+INLINE integers join(integers high, integers low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
+#endif
 INLINE floats to_floats(integers w) { return _mm512_cvtepi32_ps(w); }
 INLINE floats load_floats(const float *from) { return _mm512_loadu_ps(from); }
 INLINE void store_floats(float *to, floats v) { _mm512_storeu_ps(to, v); }
@@ -74,6 +86,17 @@ INLINE word_table make_table(const int16_t *values) {
     for (int i = 0; i < 16; i++) bytes[i] = (uint8_t)values[i], bytes[16 + i] = (uint8_t)((uint16_t)values[i] >> 8);
     return _mm256_loadu_si256((const __m256i *)bytes);
 }
+#ifdef __AVXVNNI__
+#define BYTES 1
+INLINE integers load_integers(const int32_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+INLINE void store_negative(int32_t *to, integers v) { _mm256_storeu_si256((__m256i *)to, _mm256_sub_epi32(_mm256_setzero_si256(), v)); }
+INLINE words all_bytes(int value) { return _mm256_set1_epi8((char)value); }
+INLINE words low_nibbles(words w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
+INLINE words high_nibbles(words w) { return low_nibbles(_mm256_srli_epi16(w, 4)); }
+INLINE words plus_128(words w) { return _mm256_xor_si256(w, _mm256_set1_epi8(-128)); }
+INLINE integers dot_bytes(integers sum, words a, words b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
+INLINE integers join(integers high, integers low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low); }
+#endif
 INLINE floats to_floats(integers w) { return _mm256_cvtepi32_ps(w); }
 INLINE floats load_floats(const float *from) { return _mm256_loadu_ps(from); }
 INLINE void store_floats(float *to, floats v) { _mm256_storeu_ps(to, v); }

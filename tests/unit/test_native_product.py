@@ -29,7 +29,9 @@ FORMATS: list[Format] = [
 ]
 PROCESSORS = {"here": "-march=native"}
 if platform.machine() == "x86_64":
-    PROCESSORS |= {"avx2": "-march=haswell", "portable": "-march=x86-64"}
+    PROCESSORS |= {"avx512": "-march=skylake-avx512", "vnni": "-march=alderlake", "avx2": "-march=haswell", "portable": "-march=x86-64"}
+NEEDS = {"avx512": "avx512bw", "vnni": "avx_vnni", "avx2": "avx2"}
+"""Processors to compile for, and the flag in /proc/cpuinfo without which one is not tried."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +43,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=PROCESSORS.values(), ids=PROCESSORS.keys())
+@pytest.fixture(scope="module", params=PROCESSORS)
 def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The loops as they are compiled for a processor; what this one lacks is not tried."""
-    if request.param == "-march=haswell" and "avx2" not in native._processor():
-        pytest.skip("this processor has no AVX2")
+    if NEEDS.get(request.param, "") not in native._processor():
+        pytest.skip(f"this processor has no {NEEDS[request.param]}")
+    flags = tuple(PROCESSORS[request.param] if flag == "-march=native" else flag for flag in native.FLAGS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(native, "FLAGS", tuple(request.param if flag == "-march=native" else flag for flag in native.FLAGS))
+        patch.setattr(native, "FLAGS", flags)
         native.library.cache_clear()
         assert native.available()
         yield request.param
