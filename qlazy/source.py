@@ -22,6 +22,7 @@ from qlazy.configs import Alias, aliases
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, ModelNotFound, QlazyError, UnsupportedModel, UsageError
 from qlazy.source_gguf import read_gguf
 from qlazy.source_index import CONVERT, INDEX_FILE, PICKLES, join_shards, listing, pick_weights, read_index
+from qlazy.source_quantized import join_parts
 from qlazy.source_safetensors import TensorInfo, load_json, read_header, short
 
 __all__ = ["Source", "TensorInfo", "open_source"]
@@ -49,7 +50,7 @@ class Source:
     config: dict[str, Any]
     """config.json as it is; for GGUF what its metadata tells, under the hub's names."""
     tensors: dict[str, TensorInfo]
-    """All tensors by checkpoint key, in file order."""
+    """All tensors by checkpoint key, in file order; of a weight in low bits one `PackedTensor` in place of its parts."""
 
     @property
     def nbytes(self) -> int:
@@ -84,8 +85,8 @@ def open_source(
 
     Raises:
         ModelNotFound: If there is no such model; `GatedModel` and `HubUnreachable` are kinds of it.
-        UnsupportedModel: If the weights are pickles or of a data type that is not read.
-        CorruptCheckpoint: If headers or index contradict themselves, each other or the files.
+        UnsupportedModel: If the weights are pickles, of a data type that is not read, or quantized in a way that is not.
+        CorruptCheckpoint: If headers or index contradict themselves, each other, the files or the config.
         IncompleteCheckpoint: If a shard is missing or cut short.
         OutOfSpace: If the disk is full.
         UsageError: If two different revisions are given.
@@ -130,7 +131,7 @@ def open_source(
         folder=None,
         gguf_file=None,
         config=found.config,
-        tensors=found.tensors,
+        tensors=_joined(found.kind, found.config, found.tensors, name),
     )
 
 
@@ -163,8 +164,12 @@ def _open_path(path: Path, *, model_id: str, resolved: str | None = None, revisi
         folder=folder,
         gguf_file=gguf_file,
         config=config,
-        tensors=tensors,
+        tensors=_joined("gguf" if gguf_file else "safetensors", config, tensors, model_id),
     )
+
+
+def _joined(kind: str, config: dict[str, Any], tensors: dict[str, TensorInfo], where: str) -> dict[str, TensorInfo]:
+    return tensors if kind == "gguf" else join_parts(config, tensors, where=where)
 
 
 def _files(folder: Path) -> set[str]:

@@ -170,3 +170,15 @@ class PackedTensor(TensorInfo):
     def part(self, role: str) -> TensorInfo | None:
         """The stored tensor of a role, or None."""
         return next((part.stored for part in self.parts if part.role == role), None)
+
+
+def is_read_whole(info: TensorInfo) -> bool:
+    """Whether a tensor is a weight that cannot be read by rows, so that all its stored bytes are held beside the ring.
+
+    Args:
+        info: Any tensor.
+
+    Returns:
+        True for GPTQ and AWQ.
+    """
+    return isinstance(info, PackedTensor) and info.whole
