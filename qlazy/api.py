@@ -29,6 +29,8 @@ def plan(
     symmetric: bool | None = None,
     double_quant: bool = True,
     head_bits: int = 8,
+    embedding_bits: int = 16,
+    module_bits: Mapping[str, int | str] | None = None,
     modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
     device_map: str | Mapping[str, str] = "auto",
     max_memory: Mapping[str | int, str | int] | None = None,
@@ -50,6 +52,8 @@ def plan(
         symmetric: Int4 without zero points.
         double_quant: NF4 and FP4 with absmax in 8 bits.
         head_bits: Bits of an output head that is not tied to the embedding: 8, 4, or 16 to keep it.
+        embedding_bits: Bits of token embeddings, and of output heads tied to them: 16 keeps them, or 8, or 4.
+        module_bits: Bits by name or glob of modules, e.g. `{"down_proj": 8}`: 4, 8, 16, or the name of a format.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
         device_map: `auto`, `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
         max_memory: Bytes or sizes by device.
@@ -75,6 +79,8 @@ def plan(
         symmetric=symmetric,
         double_quant=double_quant,
         head_bits=head_bits,
+        embedding_bits=embedding_bits,
+        module_bits=module_bits,
         modules_to_not_convert=modules_to_not_convert,
     )
     source = open_source(
@@ -93,6 +99,8 @@ def load_quantized(
     symmetric: bool | None = None,
     double_quant: bool = True,
     head_bits: int = 8,
+    embedding_bits: int = 16,
+    module_bits: Mapping[str, int | str] | None = None,
     modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
     device_map: str | Mapping[str, str] = "auto",
     max_memory: Mapping[str | int, str | int] | None = None,
@@ -125,6 +133,8 @@ def load_quantized(
         symmetric: Int4 without zero points.
         double_quant: NF4 and FP4 with absmax in 8 bits.
         head_bits: Bits of an output head that is not tied to the embedding: 8, 4, or 16 to keep it.
+        embedding_bits: Bits of token embeddings, and of output heads tied to them: 16 keeps them, or 8, or 4.
+        module_bits: Bits by name or glob of modules, e.g. `{"down_proj": 8}`: 4, 8, 16, or the name of a format.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
         device_map: `auto`, `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
         max_memory: Bytes or sizes by device.
@@ -162,6 +172,8 @@ def load_quantized(
         symmetric=symmetric,
         double_quant=double_quant,
         head_bits=head_bits,
+        embedding_bits=embedding_bits,
+        module_bits=module_bits,
         modules_to_not_convert=modules_to_not_convert,
     )
 

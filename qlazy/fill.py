@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from qlazy.errors import CorruptCheckpoint
 from qlazy.quant_linear import ROW_BLOCK
 from qlazy.source import TensorInfo
+from qlazy.source_packed import PackedTensor
 
 Convert = Callable[[list[Tensor]], dict[str, Tensor]]
 """Stored tensors, in the order of `Fill.sources`, to tensors of the model by name."""
@@ -29,6 +30,10 @@ class Fill:
     """Names in the model."""
     convert: Convert | None = None
     """None: one tensor whose rows go straight to their place, a chunk at a time. Else it is read as a whole and converted."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """First row, and one past the last, that are read of each source; none = all of every source."""
+    target_row: int = 0
+    """Row of the target at which they go. All dimensions but the last are rows, as in `row_count`."""
     row_order: Tensor | None = None
     """int64 (rows,): the row of the model that each stored row becomes; None = the same."""
     row_block: int = ROW_BLOCK
@@ -37,7 +42,12 @@ class Fill:
     @property
     def nbytes(self) -> int:
         """Bytes that are read."""
-        return sum(source.nbytes for source in self.sources)
+        return sum(bytes_of_rows(info, *span) for info, span in zip(self.sources, self.all_spans, strict=True))
+
+    @property
+    def all_spans(self) -> tuple[tuple[int, int], ...]:
+        """First row of each source, and one past the last."""
+        return self.spans or tuple((0, row_count(info.shape)) for info in self.sources)
 
 
 def row_count(shape: tuple[int, ...]) -> int:
@@ -49,6 +59,32 @@ def row_count(shape: tuple[int, ...]) -> int:
         1 for a scalar.
     """
     return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
+
+
+def bytes_of_rows(info: TensorInfo, start: int, stop: int) -> int:
+    """Bytes that are read for some rows; those of a weight of several parts by its rows' share, so that all rows add up to it.
+
+    Args:
+        info: A stored tensor.
+        start: First row.
+        stop: One past the last.
+    Returns:
+        Bytes.
+    """
+    rows = max(1, row_count(info.shape))
+    return info.nbytes * stop // rows - info.nbytes * start // rows
+
+
+def held_bytes(info: TensorInfo) -> int:
+    """Bytes that a tensor takes while it is read as a whole: stored or decoded, whichever is more; of one in low bits both.
+
+    Args:
+        info: A stored tensor.
+    Returns:
+        Bytes.
+    """
+    decoded = math.prod(info.shape) * dtype_of(info).itemsize
+    return info.nbytes + decoded if isinstance(info, PackedTensor) else max(info.nbytes, decoded)
 
 
 def straight_fill(model: PreTrainedModel, target: str, info: TensorInfo, placeholder: Tensor) -> Fill:

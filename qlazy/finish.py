@@ -13,6 +13,7 @@ from qlazy.hf import attach_quantizer
 from qlazy.match import Match
 from qlazy.place import Placer
 from qlazy.plan import Plan, block_of
+from qlazy.quant_weight import QuantWeight
 from qlazy.source import Source
 
 
@@ -95,4 +96,12 @@ def _module_map(model: nn.Module, plan: Plan) -> dict[str, str]:
         for path, other in (paths, paths[::-1]):
             if path not in places and other in places:
                 places[path] = places[other]
+    where: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent = path.rpartition(".")[0]
+        if isinstance(module, QuantWeight) and parent in places:
+            where[id(module)] = places[parent]
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) in where:  # a packed table under two names lies where its first is
+            places.setdefault(path.rpartition(".")[0], where[id(module)])
     return places

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel
-from qlazy.formats import Int4
+from qlazy.formats import Codebook4, Format, Int4
 from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.recipe import Recipe, make_recipe
 from qlazy.swap import entries_of, quant_layer
@@ -36,6 +36,8 @@ class QlazyConfig(QuantizationConfigMixin):
         symmetric: Int4 without zero points.
         double_quant: NF4 and FP4 with absmax in 8 bits.
         head_bits: Bits of an output head that is not tied to the embedding: 8, 4, or 16 to keep it.
+        embedding_bits: Bits of token embeddings; `from_pretrained` takes 16 alone.
+        module_bits: Bits by name or glob of modules.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
         **kwargs: What transformers adds when it reads a saved config; `quant_method` is all that is expected.
     Raises:
@@ -50,6 +52,8 @@ class QlazyConfig(QuantizationConfigMixin):
         symmetric: bool | None = None,
         double_quant: bool = True,
         head_bits: int = 8,
+        embedding_bits: int = 16,
+        module_bits: dict[str, int | str] | None = None,
         modules_to_not_convert: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -63,6 +67,8 @@ class QlazyConfig(QuantizationConfigMixin):
         self.symmetric = symmetric
         self.double_quant = double_quant
         self.head_bits = head_bits
+        self.embedding_bits = embedding_bits
+        self.module_bits = module_bits
         self.modules_to_not_convert = modules_to_not_convert
         self.recipe()
 
@@ -79,6 +85,8 @@ class QlazyConfig(QuantizationConfigMixin):
             symmetric=self.symmetric,
             double_quant=self.double_quant,
             head_bits=self.head_bits,
+            embedding_bits=self.embedding_bits,
+            module_bits=self.module_bits,
             modules_to_not_convert=self.modules_to_not_convert,
         )
 
@@ -100,8 +108,17 @@ class QlazyConfig(QuantizationConfigMixin):
             symmetric=chosen.symmetric if isinstance(chosen, Int4) else None,
             double_quant=getattr(chosen, "double_quant", True),
             head_bits=recipe.head.bits if recipe.head else 16,
+            embedding_bits=recipe.embedding.bits if recipe.embedding else 16,
+            module_bits={pattern: _asked(fmt, chosen) for pattern, fmt in recipe.modules} or None,
             modules_to_not_convert=list(recipe.modules_to_not_convert) or None,
         )
+
+
+def _asked(fmt: Format | None, chosen: Format) -> int | str:
+    """What `module_bits` says for a format."""
+    if fmt is None or fmt == chosen:
+        return fmt.bits if fmt else 16
+    return fmt.kind if isinstance(fmt, Codebook4) else type(fmt).__name__.lower()
 
 
 @register_quantizer("qlazy")
@@ -136,7 +153,7 @@ class QlazyQuantizer(HfQuantizer):
         for entry in entries_of(model, everything):
             rows, columns = entry.shape if len(entry.shape) == 2 else (0, 0)
             fmt, _ = recipe.format_for(entry.kind, entry.name, rows, columns)
-            if fmt is None:
+            if fmt is None or entry.kind not in ("linear", "head"):
                 continue
             path = entry.name.removesuffix(".weight")
             layer: Any = model.get_submodule(path)

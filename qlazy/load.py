@@ -127,7 +127,7 @@ def load(
         initialized=list(match.missing),
         samples=meter.samples,
         read_samples=meter.watched,
-        tensors_loaded=sum(len(fill.targets) for fill in match.fills),
+        tensors_loaded=len({target for fill in match.fills for target in fill.targets}),
     )
     return model
 

@@ -7,7 +7,6 @@ is checked on shapes alone, before any storage exists and before a byte of weigh
 from __future__ import annotations
 
 import copy
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import Chunk, Interleave, Transpose, WeightConverter, WeightRenaming, rename_source_key
 
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
-from qlazy.fill import Fill, dtype_of, straight_fill
+from qlazy.fill import Fill, dtype_of, held_bytes, row_count, straight_fill
+from qlazy.fill_experts import by_expert, expert_fills, matrix_rows
 from qlazy.match_gguf import match_gguf
+from qlazy.row_map import Piece, pieces_of, rows_by_target
 from qlazy.source import Source, TensorInfo
+from qlazy.source_packed import is_read_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,10 @@ class Match:
     @property
     def largest_conversion(self) -> int:
         """Bytes of the largest tensors that are read as a whole, decoded: what a load needs beside its ring."""
-        whole = [fill.sources for fill in self.fills if fill.convert is not None]
-        return max((sum(max(s.nbytes, math.prod(s.shape) * dtype_of(s).itemsize) for s in group) for group in whole), default=0)
+        converted = [_decoded_bytes(fill) for fill in self.fills if fill.convert is not None]
+        # Twice as much is planned, for what a conversion makes; of these nothing is made but a few rows at a time.
+        packed = [-(-info.nbytes // 2) for fill in self.fills for info in fill.sources if is_read_whole(info)]
+        return max([*converted, *packed], default=0)
 
 
 def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True) -> Match:
@@ -81,7 +85,7 @@ def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True
             f"{source.model_id}: {len(unexpected)} stored tensors have no place in {type(model).__name__}: {_some(unexpected)}",
             hint="The files belong to another model or version; pass strict=False (--no-strict) to leave them out.",
         )
-    ordered = sorted(fills, key=lambda fill: (str(fill.sources[0].path), fill.sources[0].offset))
+    ordered = sorted(fills, key=lambda fill: (str(fill.sources[0].path), fill.sources[0].offset, fill.all_spans[0]))
     return Match(fills=tuple(ordered), unexpected=(*unexpected, *ignored), missing=(*missing, *ignored_missing))
 
 
@@ -103,11 +107,12 @@ def _match_keys(model: PreTrainedModel, source: Source, state: dict[str, Tensor]
         if target not in state:
             leftover.append(key)
         elif pattern is None:
-            fills.append(straight_fill(model, target, info, state[target]))
+            fills.extend(by_expert(model, straight_fill(model, target, info, state[target])))
         else:
             grouped.setdefault(target, (by_pattern[pattern], []))[1].append((pattern, info))
+    known: dict[Any, list[Piece] | None] = {}
     for target, (converter, members) in grouped.items():
-        fills.append(_converted(model, target, converter, members, state))
+        fills.extend(_converted(model, target, converter, members, state, known))
     return fills, leftover
 
 
@@ -117,13 +122,19 @@ def _converted(
     converter: WeightConverter,
     members: list[tuple[str, TensorInfo]],
     state: dict[str, Tensor],
-) -> Fill:
-    """A fill through one of transformers' converters, tried on meta tensors first to learn its targets and shapes."""
+    known: dict[Any, list[Piece] | None],
+) -> list[Fill]:
+    """Fills through one of transformers' converters, tried on meta tensors first to learn its targets and shapes.
+
+    Where it only moves rows they go straight to their place, else by expert where experts do not mix, else as a whole.
+    `known` has what was learnt of groups of the same shapes: the layers of a model are alike.
+    """
     sources = tuple(info for _, info in members)
+    patterns = [pattern for pattern, _ in members]
 
     def convert(tensors: list[Tensor]) -> dict[str, Tensor]:
         fresh = copy.deepcopy(converter)
-        for (pattern, info), tensor in zip(members, tensors, strict=True):
+        for pattern, info, tensor in zip(patterns, sources, tensors, strict=True):
             fresh.add_tensor(target, info.name, pattern, tensor)  # type: ignore[arg-type]
         made: dict[str, Any] = fresh.convert(target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -145,7 +156,40 @@ def _converted(
                 f"{type(model).__name__} has {wanted}.",
                 hint="config.json and the weights belong to different models; download both again.",
             )
-    return Fill(sources=sources, targets=tuple(made), convert=convert)
+    shapes = [info.shape for info in sources]
+    matrices = {name: matrix_rows(model, name, state[name]) for name in made}
+    alike = (
+        id(converter),
+        *zip(patterns, shapes, strict=True),
+        *((state[name].shape, rows) for name, rows in matrices.items()),
+    )
+    if alike not in known:
+        rows = rows_by_target(shapes, convert, {name: tuple(state[name].shape) for name in made})
+        known[alike] = pieces_of(rows, shapes, matrices) if rows is not None else None
+    pieces = known[alike]
+    if pieces is not None:
+        return [piece.fill(list(made), sources) for piece in pieces]
+    turned_if_needed = all(isinstance(op, Transpose) and op.check_dims for op in converter.operations)
+    if turned_if_needed and list(made) == [target] and shapes == [tuple(state[target].shape)]:
+        return by_expert(model, straight_fill(model, target, sources[0], state[target]))
+    whole = Fill(sources=sources, targets=tuple(made), convert=convert)
+    return expert_fills(whole, state) if _keeps_experts_apart(converter) else [whole]
+
+
+def _keeps_experts_apart(converter: WeightConverter) -> bool:
+    """Whether a converter leaves the first dimension of one stored tensor alone."""
+    dims = {Transpose: ("dim0", "dim1"), Interleave: ("dim",), Chunk: ("dim",)}
+    return len(converter.source_patterns) == 1 and all(
+        type(op) in dims and all(getattr(op, dim) > 0 for dim in dims[type(op)]) for op in converter.operations
+    )
+
+
+def _decoded_bytes(fill: Fill) -> int:
+    """Bytes of what a fill reads, decoded."""
+    total = 0
+    for info, (start, stop) in zip(fill.sources, fill.all_spans, strict=True):
+        total += held_bytes(info) * (stop - start) // max(1, row_count(info.shape))
+    return total
 
 
 def _require_dtypes(fill: Fill, state: dict[str, Tensor]) -> None:

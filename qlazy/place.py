@@ -16,6 +16,7 @@ from qlazy.errors import CorruptCheckpoint
 from qlazy.fill import Fill, row_count
 from qlazy.plan import GPU_CHUNK_BYTES, Plan
 from qlazy.quant_linear import ROW_BLOCK, NonFiniteError, QuantLinear, allocate, require_finite
+from qlazy.quant_weight import QuantWeight
 from qlazy.staging import DeviceQueue
 from qlazy.stream import Chunk
 
@@ -38,8 +39,9 @@ class Placer:
         self._lock = threading.Lock()
         for tensor in plan.tensors:
             owner, leaf = self._owners[tensor.name], tensor.name.rpartition(".")[2]
-            if isinstance(owner, QuantLinear) and leaf == "weight":
-                owner.allocate(tensor.device)
+            packed = _packed(owner, leaf)
+            if packed is not None:
+                packed.allocate(tensor.device)
                 continue
             held: Tensor = getattr(owner, leaf)
             storage = allocate(held.shape, held.dtype, tensor.device) if held.is_meta else held.to(tensor.device)
@@ -73,12 +75,12 @@ class Placer:
         fill = chunk.fill
         if fill.convert is not None:
             for target, values in fill.convert(tensors).items():
-                self._place_rows(target, 0, values, chunk)
+                self._place_rows(target, fill.target_row, values, chunk)
             return
         values = tensors[0]
         if fill.row_order is not None:
             values = values[torch.argsort(fill.row_order[chunk.start : chunk.stop])]
-        self._place_rows(fill.targets[0], chunk.start, values, chunk)
+        self._place_rows(fill.targets[0], fill.target_row + chunk.start - fill.all_spans[0][0], values, chunk)
 
     def rows_left(self, name: str) -> int:
         """Rows of a tensor that have not come.
@@ -92,13 +94,13 @@ class Placer:
 
     def _place_rows(self, target: str, start: int, values: Tensor, chunk: Chunk) -> None:
         owner, leaf = self._owners[target], target.rpartition(".")[2]
-        queue = self._queues.get(self._devices[target])
+        queue, packed = self._queues.get(self._devices[target]), _packed(owner, leaf)
         try:
             if queue is not None:
                 self._send(queue, target, start, values)
                 self._sent[target] = chunk.fill
-            elif isinstance(owner, QuantLinear) and leaf == "weight":
-                owner.fill(values, start)
+            elif packed is not None:
+                packed.fill(values, start)
             else:
                 values = _as_rows(values.contiguous())
                 if leaf in owner._parameters and values.is_floating_point():
@@ -108,9 +110,8 @@ class Placer:
         except NonFiniteError:
             raise _not_finite(chunk.fill, start, start + values.shape[0]) from None
         with self._lock:
-            self._rows_placed[target] += (
-                values.shape[1] if getattr(owner, "transposed", False) and values.dim() > 1 else values.shape[0]
-            )
+            rows = row_count(tuple(values.shape))
+            self._rows_placed[target] += values.shape[1] if isinstance(packed, QuantLinear) and packed.transposed else rows
             if self._rows_placed[target] > self._extent(target):
                 raise CorruptCheckpoint(
                     f"Tensor {target!r} was filled twice: two stored tensors have the same place in the model."
@@ -119,15 +120,20 @@ class Placer:
     def _send(self, queue: DeviceQueue, target: str, start: int, values: Tensor) -> None:
         """Have rows filled on their GPU, in pieces that a scratch chunk holds."""
         owner, leaf = self._owners[target], target.rpartition(".")[2]
+        packed = _packed(owner, leaf)
         fill: Callable[[int, Tensor], object]
-        if isinstance(owner, QuantLinear) and leaf == "weight":
-            rows, fill = values.t() if owner.transposed else values, owner.fill_rows
+        if isinstance(packed, QuantWeight):
+            parts, fill = list(packed.by_matrix(values, start)), packed.fill_rows
+        elif packed is not None:
+            parts, fill = [(start, values.t() if packed.transposed else values)], packed.fill_rows
         else:
-            rows, fill = _as_rows(values.contiguous()), functools.partial(_copy_rows, _as_rows(getattr(owner, leaf).data))
-        row_bytes = rows[:1].nbytes
-        step = max(ROW_BLOCK, queue.chunk_bytes // max(1, row_bytes) // ROW_BLOCK * ROW_BLOCK)
-        for first in range(0, rows.shape[0] if row_bytes else 0, step):
-            queue.run(rows[first : first + step].contiguous(), functools.partial(fill, start + first))
+            fill = functools.partial(_copy_rows, _as_rows(getattr(owner, leaf).data))
+            parts = [(start, _as_rows(values.contiguous()))]
+        for begin, rows in parts:
+            row_bytes = rows[:1].nbytes
+            step = max(ROW_BLOCK, queue.chunk_bytes // max(1, row_bytes) // ROW_BLOCK * ROW_BLOCK)
+            for first in range(0, rows.shape[0] if row_bytes else 0, step):
+                queue.run(rows[first : first + step].contiguous(), functools.partial(fill, begin + first))
 
     def require_finite(self) -> None:
         """Raise where a weight that was filled on a GPU is NaN or infinite.
@@ -157,17 +163,25 @@ class Placer:
     def _tell_tales(self, name: str) -> list[Tensor]:
         """The numbers that are not finite where a weight was not."""
         owner, leaf = self._owners[name], name.rpartition(".")[2]
-        if isinstance(owner, QuantLinear) and leaf == "weight":
-            tensors = [getattr(owner, key) for key in owner.storage]
+        packed = _packed(owner, leaf)
+        if packed is not None:
+            tensors = [getattr(packed, key) for key in packed.storage]
         else:
             tensors = [getattr(owner, leaf)] if leaf in owner._parameters else []
         return [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
 
     def _extent(self, name: str) -> int:
         owner, leaf = self._owners[name], name.rpartition(".")[2]
-        if isinstance(owner, QuantLinear) and leaf == "weight":
-            return owner.out_features
-        return row_count(tuple(getattr(owner, leaf).shape))
+        packed = _packed(owner, leaf)
+        return packed.out_features if isinstance(packed, QuantLinear) else row_count(tuple(getattr(owner, leaf).shape))
+
+
+def _packed(owner: nn.Module, leaf: str) -> QuantLinear | QuantWeight | None:
+    """What quantizes the rows of a tensor; None for one that keeps the model's dtype."""
+    if isinstance(owner, QuantLinear):
+        return owner if leaf == "weight" else None
+    held = owner._modules.get(leaf)
+    return held if isinstance(held, QuantWeight) else None
 
 
 def _copy_rows(whole: Tensor, start: int, rows: Tensor) -> None:

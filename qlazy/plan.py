@@ -190,12 +190,12 @@ def require_fit(plan: Plan, source: Source) -> None:
 
 
 def _plan_tensor(entry: Entry, recipe: Recipe, dtype: str, device: str) -> TensorPlan:
-    rows, columns = entry.shape if len(entry.shape) == 2 else (0, 0)
+    *experts, rows, columns = entry.shape if len(entry.shape) == 2 or entry.kind == "experts" else (0, 0)
     fmt, reason = recipe.format_for(entry.kind, entry.name, rows, columns)
     if fmt is None:
         nbytes = math.prod(entry.shape) * ITEMSIZE.get(entry.dtype, 1)
     else:
-        nbytes = packed_nbytes(fmt, rows, columns, dtype)
+        nbytes = math.prod(experts) * packed_nbytes(fmt, rows, columns, dtype)
     return TensorPlan(
         name=entry.name,
         shape=entry.shape,

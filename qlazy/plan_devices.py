@@ -111,7 +111,7 @@ def _unit(tensor: Entry) -> tuple[int, str]:
     block = block_of(tensor.name)
     if block:
         return 1, block
-    return (0, "") if tensor.kind == "embedding" else (2, "")
+    return (0, "") if tensor.kind in ("embedding", "positions", "shared") else (2, "")
 
 
 def _mapped(name: str, device_map: Mapping[str, str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 from qlazy.budget import Budget
 from qlazy.demand import buffers, layer_count, text_config
 from qlazy.errors import CorruptCheckpoint, UnsupportedModel, UsageError
+from qlazy.formats import ITEMSIZE
 from qlazy.plan_data import Entry
+from qlazy.plan_experts import expert_count, is_flat_stack, stack_experts
 from qlazy.recipe import guess_kind
-from qlazy.source import Source
+from qlazy.source import Source, TensorInfo
+from qlazy.source_packed import PackedTensor, is_read_whole
+from qlazy.source_quantized import METHODS, quant_method, quantization
 
 _MODEL_DTYPES = ("float32", "float16", "bfloat16")
-_EXPERT = re.compile(r"(.*\bexperts)\.[0-9]+\.(.*)")
+_ROW_BLOCK = 64
+"""Rows that a low-bit layer takes together, see `qlazy/quant_linear.py`, which needs torch."""
 _CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _UNTIED = re.compile(
@@ -84,6 +90,7 @@ def entries(source: Source, dtype: str) -> list[Entry]:
                 source_nbytes=t.nbytes,
             )
         )
+    found = stack_experts(found, source.config)
     shapes = {t.name: t.shape for t in source.tensors.values()}
     for name, (length, buffer_dtype) in buffers(source.config, shapes).items():
         if name not in shapes:
@@ -113,22 +120,29 @@ def conversion_bytes(source: Source) -> int:
     Args:
         source: An opened source.
     Returns:
-        Bytes: lists of experts become fused ones, GPT-2's layers are turned.
+        Bytes: GPT-2's layers are turned, and experts of some families, one at a time.
     """
     model_type = _model_type(source)
-    groups: dict[str, dict[str, int]] = {}
+    whole = [_held_bytes(t) for t in source.tensors.values() if _is_conv1d(t.name, model_type)]
+    whole += [-(-t.nbytes // 2) for t in source.tensors.values() if is_read_whole(t)]
     for t in source.tensors.values():
-        if listed := _EXPERT.match(t.name):
-            parts = groups.setdefault(listed.group(1), {})
-            parts[listed.group(2)] = parts.get(listed.group(2), 0) + t.nbytes
-        elif _is_conv1d(t.name, model_type):
-            groups[t.name] = {"": t.nbytes}
-    # Of an expert's three matrices, gate and up are fused into one.
-    return 2 * max((sum(sorted(parts.values())[-2:]) for parts in groups.values()), default=0)
+        if guess_kind(t.name, t.shape) != "experts":
+            continue
+        if len(t.shape) == 3 or is_flat_stack(t.name, source.config):
+            # One expert: where it is stored the other way round it is turned.
+            whole.append(_held_bytes(t) // max(1, t.shape[0] if len(t.shape) == 3 else expert_count(source.config)))
+        elif t.shape[0] % _ROW_BLOCK:
+            whole.append(2 * _held_bytes(t))  # gate and up of one expert, where one does not end on a block
+    return 2 * max(whole, default=0)
+
+
+def _held_bytes(t: TensorInfo) -> int:
+    """Bytes of a tensor that is read as a whole; of a weight in low bits its stored bytes, and its values."""
+    return t.nbytes + math.prod(t.shape) * ITEMSIZE.get(t.dtype, 4) if isinstance(t, PackedTensor) else t.nbytes
 
 
 def require_unquantized(source: Source) -> None:
-    """Refuse a checkpoint whose weights are quantized already; what GGUF files hold is decoded and not meant.
+    """Refuse a checkpoint that is quantized in a way that is not read.
 
     Args:
         source: An opened source.
@@ -136,24 +150,20 @@ def require_unquantized(source: Source) -> None:
         UnsupportedModel: with the name of the method, or of the first tensor in eight-bit floats.
     """
     hint = "Name the original model in 16 bits."
-    for config in (source.config, text_config(source.config)):
-        for key in ("quantization_config", "compression_config", "quantization"):
-            found = config.get(key)
-            if not isinstance(found, Mapping) or not found:
-                continue
-            by_bits = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & found.keys() else "a method that it does not name"
-            method = found.get("quant_method") or found.get("quant_algo") or by_bits
-            raise UnsupportedModel(
-                f"{source.model_id} is quantized already, with {method} ({key} in config.json); qlazy takes 16-bit weights.",
-                hint=hint,
-            )
+    said = quantization(source.config)
+    if said is not None and (method := quant_method(said)) not in METHODS:
+        raise UnsupportedModel(
+            f"{source.model_id} is quantized already, with {method} in its config.json; what is read is {', '.join(METHODS)}, "
+            "GGUF, and weights in 16 or 32 bits.",
+            hint=hint,
+        )
     if source.kind == "gguf":
         return
     for t in source.tensors.values():
         if t.dtype.startswith("float8"):
             raise UnsupportedModel(
-                f"{source.model_id} is quantized already: {t.path.name} holds {t.name!r} in {t.dtype}; qlazy takes 16-bit "
-                "weights.",
+                f"{source.model_id} is quantized already: {t.path.name} holds {t.name!r} in {t.dtype}, and its config.json does "
+                "not say how.",
                 hint=hint,
             )
 

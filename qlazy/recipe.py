@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from qlazy.errors import UsageError
 from qlazy.formats import Codebook4, Format, Int4, Int8
 
-Kind = Literal["linear", "head", "embedding", "tied", "read", "task", "router", "experts", "listed", "other"]
-"""What a tensor is to the recipe. Only `linear` and `head` are quantized; the rest stay in the model's dtype."""
+Kind = Literal[
+    "linear", "experts", "head", "embedding", "tied", "positions", "shared", "read", "task", "router", "listed", "other"
+]
+"""What a tensor is to the recipe: `linear`, `experts` and `head` are quantized, `embedding` and `tied` where it asks."""
 
 REASONS: dict[Kind, str] = {
     "head": "output head",
     "embedding": "embedding",
-    "tied": "output head tied to the embedding, or another weight with two names",
+    "tied": "output head tied to the embedding",
+    "shared": "weight with two names",
     "read": "output head whose weight the model's own code reads",
     "task": "head of a task, such as a classifier",
     "router": "router of a mixture of experts",
-    "experts": "fused experts",
+    "experts": "experts",
+    "positions": "embedding of positions, types or other things than tokens",
     "listed": "listed in modules_to_not_convert, or kept in float32 by the model",
     "other": "norm, bias, convolution or other small parameter",
 }
@@ -32,6 +37,10 @@ REASONS: dict[Kind, str] = {
 _EMBEDDING = re.compile(
     r"^(wte|wpe|word_emb|shared|embed.*|.*_embed|.*embed(ding)?s?|.*_emb|emb|token_embd|position_embd|.*relative_attention_bias)$"
 )
+_TOKENS = re.compile(
+    r"^(wte|embed_tokens.*|tokens_embed|word_emb(eddings?)?|tok_embeddings?|token_embd|(token_)?embeddings?|embed_in|shared)$"
+)
+"""Those whose rows are tokens: large, and looked up, never added to as a whole."""
 _HEAD = re.compile(
     r"(^|\.)([a-z]+_)?(lm_head(\.decoder|\.out_proj)?|lm_loss|embed_out|output_layer|output_projection|vocab_projector"
     r"|predictions\.decoder|mlm_score\.decoder|pred_layer\.proj)$|^output$"
@@ -54,9 +63,15 @@ class Recipe:
     """Format of every layer that is quantized."""
     head: Format | None = Int8()
     """Format of an output head that is a linear layer of its own, not tied to the embedding; None keeps the model's dtype."""
+    embedding: Format | None = None
+    """Format of token embeddings, and of output heads tied to them, which share the table; None keeps the model's dtype."""
+    modules: tuple[tuple[str, Format | None], ...] = ()
+    """Names or globs of modules that have a format of their own, or None for the model's dtype; of several that match, the last
+    counts. They match as those of `modules_to_not_convert` do, which win.
+    """
     modules_to_not_convert: tuple[str, ...] = ()
     """Names or globs of modules kept in the model's dtype, beside the defaults (embeddings, tied heads, routers); they win over
-    `head` too. A name matches where it stands as whole dotted components: `mlp.down_proj` matches
+    all else. A name matches where it stands as whole dotted components: `mlp.down_proj` matches
     `model.layers.3.mlp.down_proj`. `lm_head` matches the output head, whatever the model or file calls it."""
 
     def format_for(self, kind: Kind, name: str, rows: int, columns: int) -> tuple[Format | None, str]:
@@ -71,14 +86,23 @@ class Recipe:
             The format, made per-channel where its group does not divide `columns`, and the reason, empty for a layer like any
             other; or None and the reason.
         """
-        if kind not in ("linear", "head"):
+        own: dict[Kind, Format | None] = {
+            "linear": self.format,
+            "experts": self.format,
+            "head": self.head,
+            "embedding": self.embedding,
+            "tied": self.embedding,
+        }
+        if kind not in own or not rows:
             return None, REASONS[kind]
-        names = (name, "lm_head") if kind == "head" else (name,)
+        names = (name, "lm_head") if kind in ("head", "tied") else (name,)
         if any(matches(pattern, name) for pattern in self.modules_to_not_convert for name in names):
             return None, REASONS["listed"]
-        if kind == "linear":
-            return self.format.for_columns(columns), ""
-        return (self.head.for_columns(columns) if self.head else None), REASONS["head"]
+        chosen, reason = own[kind], "" if kind in ("linear", "experts") else REASONS[kind]
+        for pattern, fmt in self.modules:
+            if any(matches(pattern, name) for name in names):
+                chosen, reason = fmt, f"listed in module_bits as {pattern!r}"
+        return (chosen.for_columns(columns) if chosen else None), reason
 
 
 def make_recipe(
@@ -89,6 +113,8 @@ def make_recipe(
     symmetric: bool | None = None,
     double_quant: bool = True,
     head_bits: int = 8,
+    embedding_bits: int = 16,
+    module_bits: Mapping[str, int | str] | None = None,
     modules_to_not_convert: tuple[str, ...] | list[str] | None = None,
 ) -> Recipe:
     """Make a recipe from the options of the command line and of `load_quantized`.
@@ -101,6 +127,10 @@ def make_recipe(
         double_quant: NF4 and FP4 only: store absmax in 8 bits.
         head_bits: Of an output head that is not tied to the embedding: 8 is int8 with one scale a row, 4 the default int4, and
             16 keeps the model's dtype.
+        embedding_bits: Of token embeddings, and of an output head tied to one: 16 keeps the model's dtype, 8 is int8 with one
+            scale a row, 4 the default int4.
+        module_bits: Bits by name or glob of modules, `{"down_proj": 8, "layers.0.*": 16}`: 4, 8, 16, or the name of a format;
+            later ones win. 4 and 8 are `bits`' own format where it has as many, else the default of so many bits.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
     Returns:
         The recipe.
@@ -110,6 +140,10 @@ def make_recipe(
     if head_bits not in (4, 8, 16):
         raise UsageError(
             f"head_bits is {head_bits!r}; an output head can have 4, 8 or 16.", hint="Leave --head-bits out for 8."
+        )
+    if embedding_bits not in (4, 8, 16):
+        raise UsageError(
+            f"embedding_bits is {embedding_bits!r}; embeddings can have 4, 8 or 16.", hint="Leave --embedding-bits out for 16."
         )
     if bits not in (4, 8):
         raise UsageError(f"bits is {bits!r}; qlazy quantizes to 4 or 8.", hint="Use --bits 4 or --bits 8.")
@@ -132,8 +166,33 @@ def make_recipe(
         chosen = Int8(group_size=group_size or -1)
     else:
         chosen = Codebook4(kind=name, double_quant=double_quant)
-    heads: dict[int, Format | None] = {4: Int4(), 8: Int8(), 16: None}
-    return Recipe(format=chosen, head=heads[head_bits], modules_to_not_convert=tuple(modules_to_not_convert or ()))
+    plain: dict[int, Format | None] = {4: Int4(), 8: Int8(), 16: None}
+    return Recipe(
+        format=chosen,
+        head=plain[head_bits],
+        embedding=plain[embedding_bits],
+        modules=tuple((str(pattern), _format_of(pattern, asked, chosen)) for pattern, asked in (module_bits or {}).items()),
+        modules_to_not_convert=tuple(modules_to_not_convert or ()),
+    )
+
+
+def _format_of(pattern: str, asked: int | str, chosen: Format) -> Format | None:
+    """The format that `module_bits` asks for."""
+    plain: dict[str, Format | None] = {
+        "4": chosen if chosen.bits == 4 else Int4(),
+        "8": chosen if chosen.bits == 8 else Int8(),
+        "16": None,
+        "int4": Int4(),
+        "int8": Int8(),
+        "nf4": Codebook4(kind="nf4"),
+        "fp4": Codebook4(kind="fp4"),
+    }
+    if str(asked) not in plain:
+        raise UsageError(
+            f"module_bits has {asked!r} for {pattern!r}; it can be 4, 8, 16, int4, int8, nf4 or fp4.",
+            hint="Write --module-bits 'down_proj=8'.",
+        )
+    return plain[str(asked)]
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -162,12 +221,14 @@ def guess_kind(name: str, shape: tuple[int, ...], model_type: str = "") -> Kind:
     """
     path, _, last = name.rpartition(".")
     leaf = path.rpartition(".")[2]
-    if re.search(r"\bexperts\b", path) or "_exps" in leaf:
+    if ".router." in name and len(shape) == 2 and last == "weight":
+        return "router"
+    if _is_stack(path, leaf, last, shape):
         return "experts"
     if last != "weight" or len(shape) != 2:
         return "other"
     if _EMBEDDING.match(leaf) and leaf != "embed_out":
-        return "embedding"
+        return "embedding" if _TOKENS.match(leaf) else "positions"
     if _HEADS.search(path) or (_HEAD.search(path) and not _BLOCK.search(name)):
         return "read" if model_type in _READ else "head"
     if _TASK.match(leaf) and not _BLOCK.search(name):
@@ -177,3 +238,13 @@ def guess_kind(name: str, shape: tuple[int, ...], model_type: str = "") -> Kind:
     if model_type in _KEPT and _KEPT[model_type].search(path):
         return "listed"
     return "linear"
+
+
+def _is_stack(path: str, leaf: str, last: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor holds the matrices of one expert or of all."""
+    if last.endswith(("bias", "scale", "norm")) or len(shape) not in (2, 3):
+        return False
+    named = (
+        "experts" in path or leaf in ("input_linear", "output_linear") if len(shape) == 3 else re.search(r"\bexperts\b", path)
+    )
+    return bool(named) or "_exps" in leaf

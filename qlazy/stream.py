@@ -169,13 +169,17 @@ class Stream:
                 self.place(chunk, [decode(part, info, chunk.stop - chunk.start)])
         else:
             with self._whole:
-                self.place(chunks[0], [self._read_whole(info) for info in chunks[0].fill.sources])
+                fill = chunks[0].fill
+                self.place(chunks[0], [self._read_span(*read) for read in zip(fill.sources, fill.all_spans, strict=True)])
         with self._lock:
             self.bytes_done += sum(chunk.nbytes for chunk in chunks)
 
-    def _read_whole(self, info: TensorInfo) -> Tensor:
-        (slot,) = make_ring(1, info.nbytes)
-        return decode(self._files.read([info], info.offset, info.nbytes, slot), info, row_count(info.shape)).view(info.shape)
+    def _read_span(self, info: TensorInfo, span: tuple[int, int]) -> Tensor:
+        """Rows of a tensor that is read to be converted: in its own shape where these are all."""
+        per_row, rows = info.nbytes // max(1, row_count(info.shape)), span[1] - span[0]
+        (slot,) = make_ring(1, per_row * rows)
+        values = decode(self._files.read([info], info.offset + per_row * span[0], per_row * rows, slot), info, rows)
+        return values.view(info.shape) if rows == row_count(info.shape) else values
 
 
 def slot_bytes(fills: tuple[Fill, ...], workers: int, chunk_bytes: int = CHUNK_BYTES, ring_bytes: int = RING_BYTES) -> int:
@@ -219,15 +223,15 @@ def plan_chunks(fills: tuple[Fill, ...], limit: int) -> Iterator[Chunk]:
     """
     for fill in fills:
         info = fill.sources[0]
-        extent = row_count(info.shape)
-        if fill.convert is not None or extent == 0:
-            yield Chunk(fill=fill, start=0, stop=extent)
+        first, last = fill.all_spans[0]
+        if fill.convert is not None or first == last:
+            yield Chunk(fill=fill, start=first, stop=last)
             continue
         step = max(1, limit // max(1, _row_cost(info)))
-        if len(info.shape) == 2:
+        if _is_matrix(fill):
             step = max(fill.row_block, step - step % fill.row_block)
-        for start in range(0, extent, step):
-            yield Chunk(fill=fill, start=start, stop=min(extent, start + step))
+        for start in range(first, last, step):
+            yield Chunk(fill=fill, start=start, stop=min(last, start + step))
 
 
 def merge(chunks: Iterator[Chunk], limit: int) -> Iterator[tuple[Chunk, ...]]:
@@ -330,4 +334,9 @@ def _stripe(fill: Fill) -> int:
     """Least bytes that a chunk of this tensor holds: a block of rows of a matrix, one element of a vector."""
     info = fill.sources[0]
     rows = row_count(info.shape)
-    return info.nbytes // max(1, rows) * (min(rows, fill.row_block) if len(info.shape) == 2 else 1)
+    return info.nbytes // max(1, rows) * (min(rows, fill.row_block) if _is_matrix(fill) else 1)
+
+
+def _is_matrix(fill: Fill) -> bool:
+    """Whether rows may be quantized, and so must come in blocks: those of a matrix, or of one of several."""
+    return len(fill.sources[0].shape) == 2 or (bool(fill.spans) and len(fill.sources[0].shape) > 1)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlazy.demand import text_config
+from qlazy.experts import EXPERTS_IMPLEMENTATION
 from qlazy.formats import Format
 from qlazy.layers import LAYERS
 from qlazy.match import Match
 from qlazy.plan import Entry, Plan, allocate, require_fit
 from qlazy.quant_linear import QuantLinear
+from qlazy.quant_weight import QuantWeight
 from qlazy.recipe import Kind, guess_kind
 from qlazy.source import Source, TensorInfo
+from qlazy.source_packed import PackedTensor
+from qlazy.stacks import Stack, stack_of
 
 
 def swap_layers(model: PreTrainedModel, plan: Plan, match: Match, source: Source) -> Plan:
@@ -37,8 +42,11 @@ def swap_layers(model: PreTrainedModel, plan: Plan, match: Match, source: Source
 
     Memory: none; the new layers have no storage.
     """
-    untie(model, match)
-    read = {target: fill.nbytes // len(fill.targets) for fill in match.fills for target in fill.targets}
+    untie(model, match, both=plan.recipe.embedding is not None)
+    read: dict[str, int] = {}
+    for fill in match.fills:
+        for target in fill.targets:
+            read[target] = read.get(target, 0) + fill.nbytes // len(fill.targets)
     exact = allocate(
         entries_of(model, read),
         source,
@@ -52,13 +60,57 @@ def swap_layers(model: PreTrainedModel, plan: Plan, match: Match, source: Source
     for tensor in exact.tensors:
         if tensor.format is None:
             continue
-        path = tensor.name.removesuffix(".weight")
-        layer = model.get_submodule(path)
-        model.set_submodule(path, quant_layer(layer, tensor.format, getattr(torch, tensor.dtype)))
+        dtype = getattr(torch, tensor.dtype)
+        if tensor.kind in ("linear", "head"):
+            path = tensor.name.removesuffix(".weight")
+            model.set_submodule(path, quant_layer(model.get_submodule(path), tensor.format, dtype))
+        else:
+            swap_parameter(model, tensor.name, tensor.format, dtype)
     return exact
 
 
-def untie(model: PreTrainedModel, match: Match) -> None:
+def swap_parameter(model: PreTrainedModel, name: str, fmt: Format, dtype: torch.dtype) -> None:
+    """Put a packed weight in the place of a parameter: of fused experts, or of an embedding and what is tied to it.
+
+    Args:
+        model: A placeholder; what it ties to this parameter no longer counts as tied, but holds the same packed weight.
+        name: The parameter's name.
+        fmt: Format of each matrix.
+        dtype: Dtype of scales.
+
+    Memory: none; the new weight has no storage.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    parameter = owner._parameters[leaf]
+    assert parameter is not None
+    rows, columns = parameter.shape[-2:]
+    stack = stack_of(owner, leaf) or Stack(experts=0, rows=rows, columns=columns)
+    weight = QuantWeight(tuple(parameter.shape), stack=stack, format=fmt, dtype=dtype)
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    group = _tied_groups(tied).get(name, {name})
+    for member in group:
+        path, _, leaf = member.rpartition(".")
+        holder = model.get_submodule(path)
+        del holder._parameters[leaf]
+        holder.add_module(leaf, weight)
+    for target in [target for target in tied if target in group]:
+        del tied[target]
+    if stack.experts and hasattr(owner, "_apply_gate") and hasattr(owner, "config"):
+        config: Any = owner.config
+        config._experts_implementation = EXPERTS_IMPLEMENTATION
+
+
+def _tied_groups(tied: Mapping[str, str]) -> dict[str, set[str]]:
+    """All names of each tied weight, by each of them."""
+    groups: dict[str, set[str]] = {}
+    for target, origin in tied.items():
+        joined = groups.get(target, {target}) | groups.get(origin, {origin})
+        groups.update(dict.fromkeys(joined, joined))
+    return groups
+
+
+def untie(model: PreTrainedModel, match: Match, *, both: bool = False) -> None:
     """Take a pair that is stored as two different tensors off the model's tied weights, so that an output head may be packed.
 
     The config is wrong then, and transformers does not tie such a pair either, though it can tell only after loading.
@@ -66,6 +118,7 @@ def untie(model: PreTrainedModel, match: Match) -> None:
     Args:
         model: A placeholder; its `all_tied_weights_keys` changes.
         match: What fills it.
+        both: Also a pair that is stored twice with the same values: each is packed on its own then.
 
     Memory: three samples of at most 4 KiB of each tensor, read here. A pair whose samples are equal stays tied.
     """
@@ -73,11 +126,12 @@ def untie(model: PreTrainedModel, match: Match) -> None:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for target, origin in list(tied.items()):
         one, other = stored.get(target), stored.get(origin)
-        if one and other and one.dtype == other.dtype and _sample(one) != _sample(other):
+        if one and other and one.dtype == other.dtype and (both or _sample(one) != _sample(other)):
             del tied[target]
 
 
 def _sample(tensor: TensorInfo) -> list[bytes]:
+    tensor = tensor.parts[0].stored if isinstance(tensor, PackedTensor) else tensor
     with tensor.path.open("rb") as file:
         quarter = tensor.nbytes // 4
         return [os.pread(file.fileno(), min(quarter, 4096), tensor.offset + i * quarter) for i in (1, 2, 3)]
@@ -126,6 +180,9 @@ def entries_of(model: PreTrainedModel, read: Mapping[str, int]) -> list[Entry]:
         kind = _kind(name, held, roles, read)
         if kind in ("linear", "head") and isinstance(held.owner, Conv1D):
             shape = (shape[1], shape[0])
+        stack = stack_of(held.owner, name.rpartition(".")[2]) if kind == "experts" else None
+        if stack is not None:
+            shape = stack.shape
         entries.append(
             Entry(
                 name=name,
@@ -153,17 +210,23 @@ def _tensors(model: nn.Module) -> list[tuple[str, _Held]]:
 def _kind(name: str, held: _Held, roles: Mapping[str, Kind], read: Mapping[str, int]) -> Kind:
     """What a tensor is: what the model says of it, else its name; only plain linear layers that are read are quantized."""
     is_weight = name.endswith(".weight")
+    leaf = name.rpartition(".")[2]
+    if roles.get(name) in ("tied", "shared"):
+        return "embedding" if roles[name] == "tied" and isinstance(held.owner, nn.Embedding) else roles[name]
     if isinstance(held.owner, nn.Embedding):
-        return "embedding"
+        kind = guess_kind(name, tuple(held.tensor.shape)) if is_weight else "other"
+        return "embedding" if kind == "embedding" and name in read else "positions"
+    if stack_of(held.owner, leaf) is not None:
+        return "experts" if name in read else "other"
     if is_weight and isinstance(held.owner, nn.Linear | Conv1D) and name in roles:
         kind = roles[name]
     else:
         kind = guess_kind(name, tuple(held.tensor.shape))
     plain = _is_linear(held.owner) and is_weight and name in read
-    if kind == "experts" and plain and len(held.tensor.shape) == 2:
-        # A list of small expert modules is as good as any linear layer; only fused experts have no low-bit layer yet.
-        return "linear"
-    return "other" if kind in ("linear", "head") and not plain else kind
+    if kind == "experts":
+        # A list of small expert modules is as good as any linear layer.
+        return "linear" if plain and len(held.tensor.shape) == 2 else "other"
+    return "other" if kind in ("linear", "head", "embedding") and not plain else kind
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -188,5 +251,10 @@ def _roles(model: PreTrainedModel) -> dict[str, Kind]:
             roles[name] = "read"
         if pattern is not None and pattern.search(name):
             roles[name] = "listed"
-    tied = getattr(model, "all_tied_weights_keys", {})
-    return roles | dict.fromkeys([*tied, *tied.values()], "tied")
+    for group in _tied_groups(getattr(model, "all_tied_weights_keys", {})).values():
+        owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in group}
+        tables = [name for name, owner in owners.items() if isinstance(owner, nn.Embedding)]
+        is_table = any(guess_kind(name, tuple(owners[name]._parameters["weight"].shape)) == "embedding" for name in tables)  # type: ignore[union-attr]
+        whole = all(isinstance(owner, nn.Embedding) or _is_linear(owner) for owner in owners.values())
+        roles |= dict.fromkeys(group, "tied" if is_table and whole else "shared")
+    return roles

@@ -18,7 +18,17 @@ import typer
 from qlazy import configs
 from qlazy.errors import UsageError
 
-RECIPE_FIELDS = ("bits", "format", "group_size", "symmetric", "double_quant", "head_bits", "modules_to_not_convert")
+RECIPE_FIELDS = (
+    "bits",
+    "format",
+    "group_size",
+    "symmetric",
+    "double_quant",
+    "head_bits",
+    "embedding_bits",
+    "module_bits",
+    "modules_to_not_convert",
+)
 """What a recipe says, in a file, on the command line and in Python."""
 
 _WHAT = "What becomes of the weights"
@@ -80,6 +90,22 @@ class Options:
             help="Bits of an output head that is not tied to the embedding: 8 (default), 4 or 16.",
             rich_help_panel=_WHAT,
             show_default=False,
+        ),
+    ] = None
+    embedding_bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of token embeddings, and of a head tied to them: 16 (default), 8 or 4.",
+            rich_help_panel=_WHAT,
+            show_default=False,
+        ),
+    ] = None
+    module_bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=BITS",
+            help="Bits of modules by name or glob, e.g. down_proj=8: 4, 8, 16 or a format; repeatable.",
+            rich_help_panel=_WHAT,
         ),
     ] = None
     modules_to_not_convert: Annotated[
@@ -151,6 +177,8 @@ class Options:
             UsageError: the recipe file is absent or says something that no recipe says.
         """
         typed = {name: getattr(self, name) for name in RECIPE_FIELDS if getattr(self, name) is not None}
+        if self.module_bits:
+            typed["module_bits"] = _pairs("--module-bits", ",".join(self.module_bits), "down_proj=8")
         return (read_recipe(self.recipe) if self.recipe else {}) | typed
 
     def budget_arguments(self) -> dict[str, Any]:
@@ -277,9 +305,9 @@ def read_recipe(name: str) -> dict[str, Any]:
     return fields
 
 
-def _pairs(flag: str, text: str) -> dict[str, str]:
+def _pairs(flag: str, text: str, example: str = "0=22GiB,cpu=16GiB") -> dict[str, str]:
     """`a=b,c=d` as a dict."""
     pairs = dict(part.partition("=")[::2] for part in text.split(","))
     if not all(pairs.values()):
-        raise UsageError(f"{flag} {text!r} is not a list of NAME=VALUE.", hint=f"E.g. {flag} 0=22GiB,cpu=16GiB.")
+        raise UsageError(f"{flag} {text!r} is not a list of NAME=VALUE.", hint=f"E.g. {flag} {example}.")
     return {key.strip(): value.strip() for key, value in pairs.items()}

@@ -17,6 +17,7 @@ import qlazy
 from qlazy.formats import Int4, Int8
 from qlazy.layers import LAYERS
 from qlazy.quant_linear import QuantLinear
+from qlazy.quant_weight import QuantWeight
 from qlazy.recipe import make_recipe
 from tests.integration.conftest import MODELS, inputs_of, make, stored
 
@@ -34,8 +35,9 @@ QUANTIZED: dict[str, tuple[set[str], int]] = {
     "t5": ({"q", "k", "v", "o", "wi_0", "wi_1"}, 32),
     "siglip": ({"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}, 26),
 }
-"""Last names of the layers that are quantized, and how many there are; router, experts and float32 layers are
-not, nor heads that are tied or of a task."""
+"""Last names of the layers that are quantized, and how many there are; router and float32 layers are not, nor heads that are
+tied or of a task. Fused experts are, and stand in the place of their parameters.
+"""
 
 
 def theirs(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> PreTrainedModel:
@@ -50,6 +52,11 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def quantized(model: nn.Module) -> dict[str, QuantLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def stand_ins(model: nn.Module) -> dict[str, QuantWeight]:
+    """Packed weights in the place of parameters, by each name."""
+    return {path: module for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, QuantWeight)}
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -71,8 +78,8 @@ def require_same_rest(model: nn.Module, reference: nn.Module) -> None:
     """Every parameter and buffer but the quantized weights is bit-equal, persistent or not; no other exists."""
     layers = quantized(model)
     ours, wanted = tensors(model), tensors(reference)
-    packed = {f"{path}.{key}" for path, layer in layers.items() for key in layer.storage}
-    assert set(ours) - packed == set(wanted) - {f"{path}.weight" for path in layers}
+    packed = {f"{path}.{key}" for path, layer in [*layers.items(), *stand_ins(model).items()] for key in layer.storage}
+    assert set(ours) - packed == set(wanted) - {f"{path}.weight" for path in layers} - set(stand_ins(model))
     for name in set(ours) - packed:
         assert bit_equal(ours[name], wanted[name]), name
     persistent = {name for name in reference.state_dict() if name in ours}
@@ -91,6 +98,12 @@ def require_same_weights(model: nn.Module, reference: nn.Module) -> None:
         for key in layer.storage:
             assert bit_equal(getattr(layer, key), getattr(again, key)), f"{path}.{key}"
         assert bit_equal(layer.weight, again.dequantize())
+    for path, held in stand_ins(model).items():
+        stored = reference.get_parameter(path)
+        fresh = QuantWeight(tuple(held.shape), stack=held.stack, format=held.format, dtype=held.dtype)
+        fresh.allocate("cpu")
+        fresh.fill(stored.detach())
+        assert bit_equal(held.dequantize(), fresh.dequantize()), path
 
 
 def storages(model: nn.Module) -> set[frozenset[str]]:
@@ -115,6 +128,8 @@ def require_close_output(name: str, model: nn.Module, reference: PreTrainedModel
         original = reference.get_submodule(path)
         weight = layer.weight
         original.weight = nn.Parameter(weight.t().contiguous() if isinstance(original, Conv1D) else weight, requires_grad=False)
+    for path, held in stand_ins(model).items():
+        reference.get_parameter(path).data.copy_(held.dequantize())
     inputs = inputs_of(name, tokens)
     typed = {k: v.to(reference.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     ours, plain = output_of(model, typed), output_of(reference, typed)

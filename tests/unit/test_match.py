@@ -208,7 +208,7 @@ def mixtral() -> PreTrainedModel:
     return placeholder(MixtralForCausalLM, MixtralConfig(**SMALL, num_local_experts=12))
 
 
-def mixtral_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def mixtral_shapes(model: PreTrainedModel, *, experts: int = 12, width: int = 24) -> dict[str, tuple[int, ...]]:
     """Under the names and in the pieces of the original checkpoints."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes_of(model).items():
@@ -217,27 +217,50 @@ def mixtral_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
             shapes[path] = shape
             continue
         block = path.partition("experts.")[0]
-        for expert in range(12):
+        for expert in range(experts):
             if name.endswith("down_proj"):
-                shapes[f"{block}experts.{expert}.w2.weight"] = (16, 24)
+                shapes[f"{block}experts.{expert}.w2.weight"] = (16, width)
             else:
-                shapes |= {f"{block}experts.{expert}.{w}.weight": (24, 16) for w in ("w1", "w3")}
+                shapes |= {f"{block}experts.{expert}.{w}.weight": (width, 16) for w in ("w1", "w3")}
     return shapes
 
 
-def test_experts_are_gathered_in_order_of_their_numbers(mixtral):
+def test_each_expert_has_its_own_fills_and_nothing_is_stacked(mixtral):
     match = match_tensors(mixtral, source_of(mixtral_shapes(mixtral)))
     assert targets(match) == set(shapes_of(mixtral))
-    fill = next(f for f in match.fills if f.targets == ("model.layers.1.mlp.experts.down_proj",))
-    assert [info.name.split(".")[5] for info in fill.sources] == [str(n) for n in range(12)]
-    values = [torch.full(info.shape, float(info.name.split(".")[5])) for info in fill.sources]
-    assert fill.convert is not None
-    made: Tensor = fill.convert(values)["model.layers.1.mlp.experts.down_proj"]
-    assert made.shape == (12, 16, 24) and made[:, 0, 0].tolist() == list(range(12))
-    again: Tensor = fill.convert(values)["model.layers.1.mlp.experts.down_proj"]
-    assert torch.equal(made, again), "a converter keeps nothing from one call to the next"
-    largest = max(sum(info.nbytes for info in f.sources) for f in match.fills if f.convert is not None)
-    assert match.largest_conversion == largest == 12 * 2 * 24 * 16 * 2
+    fills = [f for f in match.fills if f.targets == ("model.layers.1.mlp.experts.down_proj",)]
+    assert len(fills) == 12 and all(fill.convert is None for fill in fills)
+    assert all(fill.target_row == 16 * int(fill.sources[0].name.split(".")[5]) for fill in fills)
+    # 24 rows of gate and 24 of up do not end on a block of 64: these come together, but of one expert only.
+    pairs = [f for f in match.fills if f.targets == ("model.layers.1.mlp.experts.gate_up_proj",)]
+    assert len(pairs) == 12
+    for fill in pairs:
+        expert = int(fill.sources[0].name.split(".")[5])
+        assert [info.name.split(".")[6] for info in fill.sources] == ["w1", "w3"] and fill.target_row == 48 * expert
+        assert fill.convert is not None
+        made: Tensor = fill.convert([torch.full(info.shape, float(i)) for i, info in enumerate(fill.sources)])[fill.targets[0]]
+        assert made[:, 0].tolist() == [0.0] * 24 + [1.0] * 24
+    assert match.largest_conversion == 2 * 24 * 16 * 2
+
+
+def test_experts_whose_rows_are_whole_blocks_are_converted_nowhere():
+    model = placeholder(MixtralForCausalLM, MixtralConfig(**{**SMALL, "intermediate_size": 64}, num_local_experts=3))
+    shapes = mixtral_shapes(model, experts=3, width=64)
+    match = match_tensors(model, source_of(shapes))
+    assert match.largest_conversion == 0 and sum(fill.nbytes for fill in match.fills) == source_of(shapes).nbytes
+    rows = sorted(
+        (fill.target_row, fill.sources[0].name.split(".", 4)[4])
+        for fill in match.fills
+        if fill.targets == ("model.layers.0.mlp.experts.gate_up_proj",)
+    )
+    assert rows == [(128 * e + 64 * i, f"experts.{e}.{w}.weight") for e in range(3) for i, w in enumerate(("w1", "w3"))]
+
+
+def test_stored_stacks_are_read_by_expert(mixtral):
+    match = match_tensors(mixtral, source_of(shapes_of(mixtral)))
+    fills = [f for f in match.fills if f.targets == ("model.layers.0.mlp.experts.gate_up_proj",)]
+    assert [(f.spans, f.target_row, f.convert) for f in fills] == [(((48 * e, 48 * e + 48),), 48 * e, None) for e in range(12)]
+    assert sum(fill.nbytes for fill in fills) == 12 * 48 * 16 * 2
 
 
 @pytest.mark.parametrize("gone", ["experts.11.w2", "experts.3.w1"])

@@ -42,18 +42,20 @@ KINDS = {
         "model.embed_tokens.weight",
         "model.language_model.embed_tokens_per_layer.weight",
         "transformer.wte.weight",
-        "wpe.weight",
         "shared.weight",
         "bert.embeddings.word_embeddings.weight",
-        "bert.embeddings.position_embeddings.weight",
-        "bert.embeddings.token_type_embeddings.weight",
         "gpt_neox.embed_in.weight",
-        "model.decoder.embed_positions.weight",
         "transformer.tokens_embed.weight",
         "backbone.embeddings.weight",
         "tok_embeddings.weight",
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "token_embd.weight",
+    ],
+    "positions": [
+        "wpe.weight",
+        "bert.embeddings.position_embeddings.weight",
+        "bert.embeddings.token_type_embeddings.weight",
+        "model.decoder.embed_positions.weight",
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "position_embd.weight",
     ],
     "head": [
@@ -168,7 +170,7 @@ def test_modules_to_not_convert_adds_to_the_defaults():
     assert recipe.format_for("linear", down, 64, 64) == (None, REASONS["listed"])
     assert recipe.format_for("linear", up, 64, 64) == (Int4(), "")
     for kind in get_args(Kind):
-        if kind in ("linear", "head"):
+        if kind in ("linear", "experts", "head"):
             continue
         fmt, reason = recipe.format_for(kind, up, 64, 64)
         assert fmt is None and reason == REASONS[kind]
