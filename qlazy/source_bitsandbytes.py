@@ -45,7 +45,12 @@ def _four_bits(tensors: dict[str, TensorInfo], state: TensorInfo, settings: Sett
     said = load_json(raw, file=f"{state.path.name}: tensor {state.name!r}")
     rows, columns = _shape(state, said.get("shape"))
     blocksize = said.get("blocksize")
-    if blocksize not in BLOCK_SIZES or said.get("quant_type") != kind or said.get("dtype") not in SCALES:
+    if (
+        type(blocksize) is not int
+        or blocksize not in BLOCK_SIZES
+        or said.get("quant_type") != kind
+        or said.get("dtype") not in SCALES
+    ):
         corrupt(state, f"says {short({key: said.get(key) for key in ('quant_type', 'blocksize', 'dtype')})}, which cannot be")
     count = rows * columns
     blocks = -(-count // blocksize)

@@ -28,7 +28,7 @@ def join_gptq(tensors: dict[str, TensorInfo], settings: Settings) -> Iterator[Pa
         The weights.
     """
     version = settings.config.get("checkpoint_format", "gptq")
-    if version not in GPTQ_FORMATS:
+    if not isinstance(version, str) or version not in GPTQ_FORMATS:
         settings.unsupported(f"checkpoint_format is {short(version)}; of GPTQ {' and '.join(GPTQ_FORMATS)} are read")
     yield from _gptq(tensors, settings, GPTQ_FORMATS[version])
 

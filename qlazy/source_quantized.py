@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from qlazy.errors import UnsupportedModel
+from qlazy.errors import CorruptCheckpoint, UnsupportedModel
 from qlazy.source_bitsandbytes import join_bitsandbytes
 from qlazy.source_compressed import join_compressed
 from qlazy.source_float8 import join_float8, join_modelopt, join_mxfp4
@@ -68,6 +68,11 @@ def join_parts(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], *, 
     left = dict(tensors)
     settings = Settings(where=where, config=said, dtype=_dtype(config))
     joined = {packed.name: packed for packed in METHODS[method](left, settings)}
+    if tensors and not joined:
+        raise CorruptCheckpoint(
+            f"{where}: config.json says that weights are quantized with {method}, but none of {len(tensors):,} tensors are.",
+            hint="Take quantization_config out of config.json if the weights are in 16 bits.",
+        )
     found = left | joined
     return dict(sorted(found.items(), key=lambda item: (str(item[1].path), item[1].offset)))
 
