@@ -17,8 +17,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qlazy import native_quantize
-from qlazy.formats import BNB_BLOCK, BNB_NESTED_BLOCK, Codebook4
+from qlazy import gpu, native_quantize
+from qlazy.formats import BNB_BLOCK, Codebook4
+from qlazy.nested import nest_absmax as nest_absmax
+from qlazy.nested import nested_code as nested_code
+from qlazy.nested import unnest_absmax as unnest_absmax
 
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -40,9 +43,6 @@ _CHUNK = 1 << 16
 _TINY = 1e-38
 """bitsandbytes' least divisor; it also is the absmax that it stores for a short last block of zeros."""
 
-_NESTED_GRID = 1 << 16
-"""Points between -1 and 1 to which bitsandbytes' CPU kernel rounds a scaled absmax before it looks for the nearest value."""
-
 
 def quantize_blocks(weight: Tensor, kind: str, *, packed_out: Tensor, absmax_out: Tensor) -> bool:
     """Quantizes consecutive elements of a weight straight into its storage.
@@ -59,9 +59,10 @@ def quantize_blocks(weight: Tensor, kind: str, *, packed_out: Tensor, absmax_out
         absmax_out: float32 [ceil(n/64)].
 
     Returns:
-        Whether all elements are finite.
+        Whether all elements are finite; on a GPU True, as nothing looks there.
 
-    Memory: none where the compiled loop runs; else 1 MiB of work buffers, and a copy of `weight` where it is not contiguous.
+    Memory: none where the compiled loop or the kernel runs; else 1 MiB of work buffers, and a copy of `weight` where it is not
+        contiguous.
     """
     flat = weight.reshape(-1)
     count = flat.numel()
@@ -70,6 +71,12 @@ def quantize_blocks(weight: Tensor, kind: str, *, packed_out: Tensor, absmax_out
     finite = native_quantize.codebook4(flat, boundaries=boundaries, least=least, packed_out=packed_out, absmax_out=absmax_out)
     if finite is not None:
         return finite
+    if gpu.has_kernels(flat):
+        from qlazy import triton_quantize
+
+        bounds, order = _ordered(kind)
+        if triton_quantize.codebook4(flat, bounds=bounds, order=order, packed_out=packed_out, absmax_out=absmax_out):
+            return True
     room = min(_CHUNK, count + count % 2)
     scaled, work, total = torch.empty((3, room), device=flat.device).unbind()
     codes = torch.empty(room, dtype=torch.uint8, device=flat.device)
@@ -83,7 +90,7 @@ def quantize_blocks(weight: Tensor, kind: str, *, packed_out: Tensor, absmax_out
         codes[:even].copy_(_count_codes(scaled[:even], work[:even], total[:even], kind))
         pairs = codes[:even].view(torch.int16)  # little-endian: the even element is the low byte
         packed_out[start // 2 :][: even // 2].copy_((pairs << 4).bitwise_or_(pairs >> 8))
-    return bool(absmax_out.isfinite().all())
+    return absmax_out.is_cuda or bool(absmax_out.isfinite().all())
 
 
 def dequantize_blocks(
@@ -138,48 +145,6 @@ def dequantize_blocks(
     return out
 
 
-def nest_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stores absmax in 8 bits: what bitsandbytes calls double quantization, or `compress_statistics`.
-
-    Args:
-        absmax: float32 [B] of a whole weight, as the offset is the mean of them all.
-
-    Returns:
-        `absmax_packed` uint8 [B], `nested_absmax` float32 [ceil(B/256)] and `nested_offset` float32 [].
-
-    Memory: some 40 bytes for each absmax.
-    """
-    offset = absmax.mean()
-    centred = absmax - offset
-    rest = -absmax.numel() % BNB_NESTED_BLOCK
-    blocks = torch.nn.functional.pad(centred, (0, rest)).view(-1, BNB_NESTED_BLOCK)
-    nested = blocks.abs().amax(1)
-    scaled = blocks.mul(nested.reciprocal()[:, None]).clamp_(-1.0, 1.0)
-    # A block of zeros has no scale, 0/0: code 0, which its absmax of 0 makes 0 again.
-    place = scaled.add_(1.0).mul_(0.5).mul_(_NESTED_GRID - 1).add_(0.5).nan_to_num_(nan=0.0)
-    packed = _nested_grid().to(absmax.device)[place.int()]
-    return packed.view(-1)[: absmax.numel()].clone(), nested, offset
-
-
-def unnest_absmax(absmax_packed: Tensor, nested_absmax: Tensor, nested_offset: Tensor, code: Tensor | None = None) -> Tensor:
-    """The float32 absmax that `nest_absmax` stored in 8 bits.
-
-    Args:
-        absmax_packed: uint8 [B].
-        nested_absmax: float32 [ceil(B/256)].
-        nested_offset: float32 [].
-        code: `nested_quant_map` of a checkpoint, where it is not `nested_code()`.
-
-    Returns:
-        absmax, float32 [B].
-
-    Memory: 8 bytes for each absmax.
-    """
-    code = nested_code().to(absmax_packed.device) if code is None else code
-    scales = nested_absmax.repeat_interleave(BNB_NESTED_BLOCK)[: absmax_packed.numel()]
-    return code.index_select(0, absmax_packed.int()).mul_(scales).add_(nested_offset)
-
-
 def dequantize(
     stored: Mapping[str, Tensor], fmt: Codebook4, rows: int, columns: int, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
@@ -205,28 +170,6 @@ def dequantize(
     )
     packed = stored["weight_packed"]
     return dequantize_blocks(packed, absmax, fmt.kind, dtype, 0, rows * columns, out).view(rows, columns)
-
-
-@functools.cache
-def nested_code() -> Tensor:
-    """The 256 values, ascending, that stand for an absmax in 8 bits: bitsandbytes' `nested_quant_map`.
-
-    Seven decades, each with twice the steps of the one below it, both signs, 0 and 1; there is no -1.
-    """
-    values = [torch.tensor([0.0, 1.0])]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1)
-        steps = (edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (decade - 6)
-        values += [steps, -steps]
-    return torch.cat(values).sort().values
-
-
-@functools.cache
-def _nested_grid() -> Tensor:
-    """The index into `nested_code` of the value nearest to each point of the grid."""
-    code = nested_code()
-    points = -1.0 + 2.0 * torch.arange(_NESTED_GRID, dtype=torch.float32) / (_NESTED_GRID - 1)
-    return torch.bucketize(points, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
 
 
 def _scale_blocks(values: Tensor, work: Tensor, absmax: Tensor) -> None:
@@ -264,6 +207,13 @@ def _boundaries(kind: str, device: torch.device) -> tuple[tuple[Tensor, ...], li
     values, order = CODES[kind].sort(stable=True)
     bounds = ((values[:-1] + values[1:]) / 2).to(device).unbind()  # 0-d tensors: a Python float costs a wrap per call
     return bounds, order.diff().tolist(), float(order[0])
+
+
+@functools.cache
+def _ordered(kind: str) -> tuple[Tensor, Tensor]:
+    """Boundaries between codes and the codes themselves, both by ascending value, as the kernels take them."""
+    values, order = CODES[kind].sort(stable=True)
+    return (values[:-1] + values[1:]) / 2, order.int()
 
 
 @functools.cache

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlazy import codebook, ops
-from qlazy.formats import BNB_BLOCK, BNB_NESTED_BLOCK, Codebook4, Format, Int4, Int8
+from qlazy.formats import BNB_BLOCK, Codebook4, Format, Int4, Int8
 from qlazy.native_product import Weight
 from qlazy.quant_linear import NonFiniteError, QuantLinear
 from qlazy.quantize import store_int4, store_int8
@@ -85,7 +84,7 @@ class Int8Linear(QuantLinear):
 
 
 class Codebook4Linear(QuantLinear):
-    """NF4 and FP4 with bitsandbytes' bytes; on a GPU multiplied by bitsandbytes' own kernels."""
+    """NF4 and FP4 with bitsandbytes' bytes."""
 
     format: Codebook4
     absmax: Tensor
@@ -93,7 +92,6 @@ class Codebook4Linear(QuantLinear):
     nested_absmax: Tensor
     nested_offset: Tensor
     _absmax: Tensor | None = None
-    _quant_state: Any = None
 
     def fill_rows(self, start: int, weight: Tensor) -> bool:  # noqa: D102
         with self._lock:
@@ -114,14 +112,7 @@ class Codebook4Linear(QuantLinear):
         self._absmax = None
         return True
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """As the base class; what bitsandbytes was told of the storage before holds no longer."""
-        self._quant_state = None
-        return super()._apply(fn, recurse)
-
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        if x.device.type == "cuda":
-            return self._bitsandbytes_product(x, bias)
         y: Tensor = torch.ops.qlazy.linear_codebook4(x, *self._stored(), bias, self.out_features, self.format.kind)
         return y
 
@@ -139,31 +130,6 @@ class Codebook4Linear(QuantLinear):
 
     def _packed(self) -> Weight:
         return ops.codebook4_weight(*self._stored(), (self.out_features, self.in_features), self.format.kind)
-
-    def _bitsandbytes_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        import bitsandbytes as bnb
-
-        if self._quant_state is None:
-            nested = None
-            if self.format.double_quant:
-                code = codebook.nested_code().to(x.device)
-                nested = bnb.functional.QuantState(
-                    absmax=self.nested_absmax, code=code, blocksize=BNB_NESTED_BLOCK, dtype=torch.float32
-                )
-            self._quant_state = bnb.functional.QuantState(
-                absmax=self.absmax_packed if nested else self.absmax,
-                shape=torch.Size((self.out_features, self.in_features)),
-                code=codebook.CODES[self.format.kind].to(x.device),
-                blocksize=BNB_BLOCK,
-                quant_type=self.format.kind,
-                dtype=self.dtype,
-                offset=self.nested_offset if nested else None,
-                state2=nested,
-            )
-        y: Tensor = bnb.matmul_4bit(  # type: ignore[attr-defined]
-            x, self.weight_packed.view(-1, 1).t(), quant_state=self._quant_state, bias=bias
-        )
-        return y
 
 
 LAYERS: dict[type[Format], type[QuantLinear]] = {Int4: Int4Linear, Int8: Int8Linear, Codebook4: Codebook4Linear}

@@ -1,11 +1,12 @@
 """Weights to integer codes, scales and zero points, and straight into the storage that holds them.
 
-`store_int4` and `store_int8` are what fills layers, by the compiled loops where there are any. Every path gives the same bytes:
-what a group becomes depends on that group alone, never on the chunk, the thread count, the vector width or the device, because
-only operations with one IEEE-754 answer are used (see `qlazy/search.py`).
+`store_int4` and `store_int8` are what fills layers, by the compiled loops, or on a GPU the kernels, where there are any. Every
+path gives the same bytes: what a group becomes depends on that group alone, never on the chunk, the thread count, the vector
+width or the device, because only operations with one IEEE-754 answer are used (see `qlazy/search.py`).
 
 Nothing checks for NaN or infinity on the way (it would cost a pass): a group that holds one comes out with a scale that is NaN
-or infinite and with codes that mean nothing, so the scales tell whether the weight was sound.
+or infinite and with codes that mean nothing, so the scales tell whether the weight was sound. On a GPU nothing looks at them
+either, as the host would wait there: what fills a whole weight looks once, at its end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from qlazy import native_quantize
+from qlazy import gpu, native_quantize
 from qlazy.errors import UsageError
 from qlazy.packing import pack_int4, pack_zero_points, unpack_int4, unpack_zero_points
 from qlazy.search import ASYMMETRIC_FACTORS, SYMMETRIC_FACTORS, block_rows, round_scale, search_int4
@@ -48,7 +49,7 @@ def quantize_int4(
     """
     rows, columns = weight_NK.shape
     group = _group_columns(group_size, columns)
-    if group in native_quantize.GROUPS:
+    if group in native_quantize.GROUPS and weight_NK.is_cpu:
         packed = torch.empty((rows, columns // 8), dtype=torch.int32)
         scale_NG = torch.empty((rows, columns // group), dtype=scale_dtype)
         zeros = None if symmetric else torch.empty((-(-rows // 8), columns // group), dtype=torch.int32)
@@ -93,23 +94,35 @@ def store_int4(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_
         zero_out: int32 (ceil(N/8), G), eight rows to a word; None: symmetric.
 
     Returns:
-        Whether all weights are finite.
+        Whether all weights are finite; on a GPU True, as nothing looks.
 
     Raises:
         UsageError: The group size does not divide the columns.
 
-    Memory: none where the compiled loop runs; else as `quantize_int4`.
+    Memory: none where the compiled loop or the kernel runs; else as `quantize_int4`.
     """
     group = _group_columns(group_size, weight_NK.shape[1])
     finite = _compiled_int4(weight_NK, group, packed_out, scale_out, zero_out)
     if finite is not None:
         return finite
+    if gpu.has_kernels(weight_NK):
+        from qlazy import triton_quantize
+
+        if triton_quantize.int4(
+            weight_NK,
+            group_size=group,
+            factors=SYMMETRIC_FACTORS if zero_out is None else ASYMMETRIC_FACTORS,
+            packed_out=packed_out,
+            scale_out=scale_out,
+            zero_out=zero_out,
+        ):
+            return True
     codes, scale, zero = search_int4(weight_NK, group, zero_out is None, scale_out.dtype)
     packed_out.copy_(pack_int4(codes))
     scale_out.copy_(scale)
     if zero is not None and zero_out is not None:
         zero_out.copy_(pack_zero_points(zero))
-    return is_finite(scale)
+    return scale.is_cuda or is_finite(scale)
 
 
 def store_int8(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_out: Tensor) -> bool:
@@ -122,33 +135,39 @@ def store_int8(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_
         scale_out: (N, G) in bfloat16, float16 or float32; its dtype is that of the scales.
 
     Returns:
-        Whether all weights are finite.
+        Whether all weights are finite; on a GPU True, as nothing looks.
 
     Raises:
         UsageError: The group size does not divide the columns.
 
-    Memory: none where the compiled loop runs; else one float32 buffer of one block (512 KiB on a CPU, 32 MiB elsewhere; more
-    if one row is longer).
+    Memory: none where the compiled loop or the kernel runs; else one float32 buffer of one block (512 KiB on a CPU, 32 MiB
+    elsewhere; more if one row is longer).
     """
     rows, columns = weight_NK.shape
     group = _group_columns(group_size, columns)
     finite = native_quantize.int8(weight_NK, group_size=group, packed_out=packed_out, scale_out=scale_out)
     if finite is not None:
         return finite
+    if gpu.has_kernels(weight_NK):
+        from qlazy import triton_quantize
+
+        if triton_quantize.int8(weight_NK, group_size=group, packed_out=packed_out, scale_out=scale_out):
+            return True
     groups, device = columns // group, weight_NK.device
     step = block_rows(rows, columns, device)
     buffer = torch.empty(step * columns, dtype=torch.float32, device=device)
+    steps = torch.full((), 127.0, device=device)  # no Python number, by whose inverse PyTorch would multiply on a GPU
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         count = (block.stop - block.start) * groups
         work = buffer[: count * group].view(count, group)
         work.copy_(weight_NK[block].reshape(count, group))
         span = torch.maximum(work.amax(1), work.amin(1).neg_())
-        scale = round_scale(span / 127.0, span, scale_out.dtype)
+        scale = round_scale(span / steps, span, scale_out.dtype)
         work.mul_(scale.reciprocal().unsqueeze(1)).round_().clamp_(-127, 127)
         packed_out[block].view(count, group).copy_(work)
         scale_out[block].view(count).copy_(scale)
-    return is_finite(scale_out)
+    return scale_out.is_cuda or is_finite(scale_out)
 
 
 def is_finite(values: Tensor) -> bool:

@@ -94,18 +94,23 @@ def _candidates(weight: Tensor, *, symmetric: bool, scale_dtype: torch.dtype) ->
     if symmetric:
         span = torch.maximum(high, low.neg_())
         factors = SYMMETRIC_FACTORS.to(weight.device).unsqueeze(1)
-        scales = round_scale(span / 7.0 * factors, span, scale_dtype)
+        scales = round_scale(span / _number(7.0, span) * factors, span, scale_dtype)
         return scales, torch.full_like(scales, 8.0)
     # Zero has to be a code, so the range always takes in 0.
     low.clamp_(max=0.0)
     high.clamp_(min=0.0)
     span = high - low
     factors = ASYMMETRIC_FACTORS.to(weight.device).unsqueeze(1)
-    scales = round_scale(span / 15.0 * factors, span, scale_dtype)
+    scales = round_scale(span / _number(15.0, span) * factors, span, scale_dtype)
     # Plain rounding puts the lowest weight on code 0; the others put the middle of the range on the middle of the codes.
     zeros = (high + low).mul_(0.5).div(scales).neg_().add_(7.5)
     torch.div(low, scales[0], out=zeros[0]).neg_()
     return scales, zeros.round_().clamp_(0, 15)
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """A divisor as a tensor: on a GPU PyTorch multiplies by the inverse of a Python number, which rounds otherwise."""
+    return torch.full((), value, device=like.device)
 
 
 def _refit(weight: Tensor, q: Tensor, product: Tensor, scale: Tensor, zero: Tensor, scale_dtype: torch.dtype) -> Tensor:

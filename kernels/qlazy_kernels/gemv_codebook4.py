@@ -131,7 +131,8 @@ def gemv_codebook4_kernel(
     for start in range(0, columns, BLOCK_K):
         at = start // 8
         ok = (n < rows) & (word < columns // 8 - at)
-        words = tl.load(one_a_thread(words_NP, at, 4), mask=ok, other=0, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
+        words = tl.load(one_a_thread(words_NP, at, 4), mask=ok, other=0, eviction_policy="evict_first")
+        words = words.to(tl.uint32, bitcast=True)
         # The cast comes right after the load: Triton's interpreter computes in bfloat16 wrongly.
         x_at = tl.max_contiguous(x_tile + start, (1, 1, 8))  # those of its word to a thread, no more
         x = tl.load(x_at, mask=(m < tokens) & (k < columns - start), other=0.0).to(tl.float32)

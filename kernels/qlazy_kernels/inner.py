@@ -85,7 +85,7 @@ def multiply_rows(
 
 @triton.jit
 def one_a_thread(pointers, offset, SIZE: tl.constexpr):
-    """Pointers (1, N, W) plus an offset, to SIZE bytes each, laid out so that a thread has one word of every row, and its neighbour the next.
+    """Pointers (1, N, W) plus an offset, to SIZE bytes each: a thread has one word of every row, its neighbour the next.
 
     The compiler lays a load out by what it knows of the addresses: the axis along which they are contiguous comes first, and as
     many as are aligned go to one thread. Said to be contiguous in pairs and aligned to one element, all loads of a tile and the

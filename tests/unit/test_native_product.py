@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qlazy import native, native_product, ops
+from qlazy import blocks, native, native_product
 from qlazy.formats import Codebook4, Format, Int4, Int8
 from qlazy.layers import LAYERS
 
@@ -65,8 +65,8 @@ def made(fmt: Format, rows: int, columns: int, dtype: torch.dtype) -> tuple[nati
     layer.allocate("cpu")
     layer.fill((torch.randn(rows, columns, generator=generator) * 0.05).to(dtype))
     weight = layer._packed()
-    plain = {native_product.INT4: ops._plain_int4, native_product.INT8: ops._plain_int8}
-    values = plain.get(weight.kind, ops._plain_codebook4)(weight, torch.float32, 0, rows)
+    plain = {native_product.INT4: blocks._plain_int4, native_product.INT8: blocks._plain_int8}
+    values = plain.get(weight.kind, blocks._plain_codebook4)(weight, torch.float32, 0, rows)
     return weight, values
 
 
@@ -94,8 +94,8 @@ def test_dequantized_rows_are_those_of_plain_torch(processor, fmt, columns, dtyp
     weight, _ = made(fmt, 70, columns, torch.float32)
     out = torch.empty(64 - 8, columns, dtype=dtype)
     assert native_product.dequantize(weight, 8, 64, out)
-    plain = {native_product.INT4: ops._plain_int4, native_product.INT8: ops._plain_int8}
-    assert torch.equal(out, plain.get(weight.kind, ops._plain_codebook4)(weight, dtype, 0, 70)[8:64])
+    plain = {native_product.INT4: blocks._plain_int4, native_product.INT8: blocks._plain_int8}
+    assert torch.equal(out, plain.get(weight.kind, blocks._plain_codebook4)(weight, dtype, 0, 70)[8:64])
 
 
 @pytest.mark.parametrize("columns", [200, 40, 8])
