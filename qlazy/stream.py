@@ -23,10 +23,12 @@ from torch import Tensor
 
 from qlazy.errors import CorruptCheckpoint
 from qlazy.files import MARGIN, Files, Slot, make_ring
-from qlazy.fill import Fill, row_count
+from qlazy.fill import Fill, bytes_of_rows, row_count
 from qlazy.memory import trim_heap
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
+from qlazy.read_packed import read_whole, sliced_bytes, unpack_pieces
 from qlazy.source import TensorInfo
+from qlazy.source_packed import PackedTensor
 from qlazy.staging import page_locked
 from qlazy.trace import Trace
 
@@ -59,7 +61,7 @@ class Chunk:
     @functools.cached_property
     def nbytes(self) -> int:
         """Bytes that are read for it."""
-        return self.fill.nbytes if self.fill.convert else self._per_row * (self.stop - self.start)
+        return self.fill.nbytes if self.fill.convert else bytes_of_rows(self.fill.sources[0], self.start, self.stop)
 
     @functools.cached_property
     def begin(self) -> int:
@@ -160,7 +162,12 @@ class Stream:
             raise
 
     def _run(self, chunks: tuple[Chunk, ...], slot: Slot) -> None:
-        if chunks[0].fill.convert is None:
+        info = chunks[0].fill.sources[0]
+        if chunks[0].fill.convert is None and isinstance(info, PackedTensor):
+            # Of what is read as a whole one tensor is held at a time.
+            with self._whole if info.whole else contextlib.nullcontext():
+                self._run_packed(chunks[0], info, slot)
+        elif chunks[0].fill.convert is None:
             begin, end = chunks[0].begin, chunks[-1].begin + chunks[-1].nbytes
             infos = [chunk.fill.sources[0] for chunk in chunks]
             data = self._files.read(infos, begin, end - begin, slot)
@@ -174,8 +181,16 @@ class Stream:
         with self._lock:
             self.bytes_done += sum(chunk.nbytes for chunk in chunks)
 
+    def _run_packed(self, chunk: Chunk, info: PackedTensor, slot: Slot) -> None:
+        block = chunk.fill.row_block if _is_matrix(chunk.fill) else 1
+        for start, stop, values in unpack_pieces(self._files, info, chunk.start, chunk.stop, block=block, slot=slot):
+            self.place(Chunk(fill=chunk.fill, start=start, stop=stop), [values])
+
     def _read_span(self, info: TensorInfo, span: tuple[int, int]) -> Tensor:
         """Rows of a tensor that is read to be converted: in its own shape where these are all."""
+        if isinstance(info, PackedTensor):
+            values = read_whole(self._files, info, *span)
+            return values.view(info.shape) if values.shape[0] == row_count(info.shape) else values
         per_row, rows = info.nbytes // max(1, row_count(info.shape)), span[1] - span[0]
         (slot,) = make_ring(1, per_row * rows)
         values = decode(self._files.read([info], info.offset + per_row * span[0], per_row * rows, slot), info, rows)
@@ -228,8 +243,11 @@ def plan_chunks(fills: tuple[Fill, ...], limit: int) -> Iterator[Chunk]:
             yield Chunk(fill=fill, start=first, stop=last)
             continue
         step = max(1, limit // max(1, _row_cost(info)))
-        if _is_matrix(fill):
-            step = max(fill.row_block, step - step % fill.row_block)
+        if isinstance(info, PackedTensor) and info.whole:
+            step = last - first
+        elif _is_matrix(fill):
+            block = _block(fill)
+            step = max(block, step - step % block)
         for start in range(first, last, step):
             yield Chunk(fill=fill, start=start, stop=min(last, start + step))
 
@@ -241,11 +259,11 @@ def merge(chunks: Iterator[Chunk], limit: int) -> Iterator[tuple[Chunk, ...]]:
         chunks: In file order.
         limit: Most bytes of one read.
     Yields:
-        Runs of chunks; one that is converted as a whole comes alone.
+        Runs of chunks; one that is converted as a whole, or of a weight with several parts, comes alone.
     """
     run: list[Chunk] = []
     for chunk in chunks:
-        if run and (run[0].fill.convert or chunk.fill.convert or not _adjoins(run, chunk, limit)):
+        if run and (_comes_alone(run[0].fill) or _comes_alone(chunk.fill) or not _adjoins(run, chunk, limit)):
             yield tuple(run)
             run = []
         run.append(chunk)
@@ -326,6 +344,8 @@ def _adjoins(run: list[Chunk], chunk: Chunk, limit: int) -> bool:
 
 def _row_cost(info: TensorInfo) -> int:
     """Bytes that one row takes while it is read: as stored, or about 24 an element while a GGUF block type is decoded."""
+    if isinstance(info, PackedTensor):
+        return sliced_bytes(info, row_count(info.shape)) // max(1, row_count(info.shape)) + 1
     decoded = 0 if isinstance(getattr(torch, info.dtype, None), torch.dtype) else 24
     return max(info.nbytes, decoded * math.prod(info.shape)) // max(1, row_count(info.shape))
 
@@ -334,7 +354,19 @@ def _stripe(fill: Fill) -> int:
     """Least bytes that a chunk of this tensor holds: a block of rows of a matrix, one element of a vector."""
     info = fill.sources[0]
     rows = row_count(info.shape)
+    if isinstance(info, PackedTensor):
+        return sliced_bytes(info, min(rows, _block(fill)))
     return info.nbytes // max(1, rows) * (min(rows, fill.row_block) if _is_matrix(fill) else 1)
+
+
+def _block(fill: Fill) -> int:
+    """Rows that come together: for the layer that takes them, and as they are stored."""
+    info = fill.sources[0]
+    return math.lcm(fill.row_block, info.row_block) if isinstance(info, PackedTensor) else fill.row_block
+
+
+def _comes_alone(fill: Fill) -> bool:
+    return fill.convert is not None or isinstance(fill.sources[0], PackedTensor)
 
 
 def _is_matrix(fill: Fill) -> bool:
