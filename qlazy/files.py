@@ -1,16 +1,18 @@
 """Read stored tensors from their files, and leave the page cache as it was found.
 
-What the page cache holds is copied from there. What it does not hold comes from the disk past the cache (O_DIRECT) where the
-file system takes that, so that nothing has to be dropped; elsewhere through the cache, and the pages are given back right
-after.
+What the page cache holds is looked at where it lies, through a map that lasts as long as somebody looks, or copied from there.
+What it does not hold comes from the disk past the cache (O_DIRECT) where the file system takes that, so that nothing has to be
+dropped; elsewhere through the cache, and the pages are given back right after.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
+import stat
 import threading
 import time
 from collections.abc import Sequence
@@ -32,6 +34,9 @@ MARGIN = 2 * PAGE
 
 _PIECE = 8 << 20
 """Bytes read at once: more than a chunk only where a tensor is read as a whole."""
+
+_MADV_POPULATE_READ = 22
+"""Python has no name for it yet."""
 
 _LOOK = 1 << 30
 """Bytes of a file whose pages are looked at in one go."""
@@ -72,10 +77,12 @@ class Files:
     Args:
         drop_page_cache: Give back to the kernel the pages that the read brings in; those that were there before stay.
         trace: Takes every read.
+        mapped: Whether what the page cache holds may be mapped instead of copied.
     """
 
-    def __init__(self, drop_page_cache: bool, trace: Trace | None = None) -> None:
+    def __init__(self, drop_page_cache: bool, trace: Trace | None = None, *, mapped: bool = False) -> None:
         self._trace = trace
+        self._mapped = mapped
         self._drop = drop_page_cache and hasattr(os, "posix_fadvise")
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
@@ -89,15 +96,17 @@ class Files:
             nbytes: How many.
             slot: Where to; it has room for them.
         Returns:
-            uint8 (nbytes,), a view of `slot`.
+            uint8 (nbytes,), a view of `slot`, or of the page cache; writing to it never changes the file.
         Raises:
             IncompleteCheckpoint: the file ends before, as when it is cut short while it is read, or cannot be read.
         """
         began = time.perf_counter()
         file = self._open(tensors[0])
         head, view = begin % PAGE, slot.view
-        done = 0
+        data, done = slot.data, 0
         try:
+            if self._mapped and not file.absent(begin, nbytes) and begin + nbytes <= file.size():
+                data, done = file.map(begin, nbytes), nbytes
             while done < nbytes:
                 size = min(nbytes - done, _PIECE - (head + done) % PAGE)
                 absent = file.absent(begin + done, size)
@@ -116,7 +125,7 @@ class Files:
             ) from error
         if self._trace is not None:
             self._trace.add("read", began, file=file.path.name, offset=begin, bytes=nbytes)
-        return slot.data[head : head + nbytes]
+        return data[head : head + nbytes]
 
     def close(self) -> None:
         """Close all files."""
@@ -177,6 +186,23 @@ class _File:
             return []
         edges = np.flatnonzero(np.diff(held, prepend=1, append=1)).reshape(-1, 2).tolist()
         return [(start + a * PAGE, (b - a) * PAGE) for a, b in edges]
+
+    def size(self) -> int:
+        """Bytes of the file as it is now, 0 of what is no file."""
+        found = os.fstat(self._cached)
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+    def map(self, begin: int, nbytes: int) -> Tensor:
+        """The pages that these bytes lie on, as the page cache has them; the map goes with the tensor."""
+        start, _ = _pages(begin, nbytes)
+        # Private and writable, so that who writes gets a page of his own; only read, pages are those of the cache.
+        seen = mmap.mmap(self._cached, begin + nbytes - start, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+        try:
+            seen.madvise(_MADV_POPULATE_READ)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # before Linux 5.14 each page is mapped when it is touched
+                raise
+        return torch.frombuffer(seen, dtype=torch.uint8)
 
     def read_past_cache(self, into: memoryview, begin: int, nbytes: int) -> int:
         """Read the whole pages that the bytes lie on to the start of a page-aligned buffer.

@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -115,7 +116,7 @@ class Stream:
         self._locked = contextlib.ExitStack()
         if self.devices:
             self._locked.enter_context(page_locked(self._ring))
-        self._files = Files(self.drop_page_cache, self.trace)
+        self._files = Files(self.drop_page_cache, self.trace, mapped=not self.devices)
         self._torch_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="qlazy-load")
         self._running = {self._pool.submit(self._work, number) for number in range(self.workers)}
@@ -157,8 +158,9 @@ class Stream:
                     if chunks is None:
                         return
                     self._run(chunks, slot)
-        except BaseException:
+        except BaseException as error:
             self._stop.set()
+            traceback.clear_frames(error.__traceback__)  # whoever keeps the error must not keep what was read
             raise
 
     def _run(self, chunks: tuple[Chunk, ...], slot: Slot) -> None:
