@@ -151,8 +151,8 @@ def load_quantized(
         trust_remote_code: Run Python code that lies in a local folder; none is downloaded.
         on_progress: Called a few times a second with a `Progress`.
         trace: File to write a trace of the load to, for ui.perfetto.dev or chrome://tracing.
-        random_init: Read no weights: `model_id` is a folder with a `config.json`, and the values are those that building the
-            model under the same seed gives, drawn piece by piece straight into packed storage.
+        random_init: Read no weights, and fetch none: of the model only `config.json` is used. The values are those that
+            building it under the same seed gives, drawn piece by piece straight into packed storage.
     Returns:
         The model in evaluation mode, a `transformers.PreTrainedModel`, with its `LoadReport` as `qlazy_report`.
     Raises:
@@ -183,19 +183,15 @@ def load_quantized(
 
     taken = None if trace is None else Trace(trace)
     with span(taken, "resolve"):
-        if random_init:
-            from qlazy.random_init import open_config
-
-            source = open_config(os.fspath(model_id))
-        else:
-            source = open_source(
-                model_id,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                on_progress=downloading,
-            )
+        source = open_source(
+            model_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            config_only=random_init,
+            on_progress=downloading,
+        )
     model = load(
         source,
         recipe,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlazy.errors import ModelNotFound
 from qlazy.fill import Fill, row_count, straight_fill
 from qlazy.lazy.log import record_of
 from qlazy.lazy.shard import materialize_rows, materialize_shard
@@ -22,34 +20,6 @@ from qlazy.match import Match
 from qlazy.placeholder import construct
 from qlazy.source import Source, TensorInfo
 from qlazy.stream import Chunk, worker_count
-
-
-def open_config(model_id: str) -> Source:
-    """A source of which only the config is used.
-
-    Args:
-        model_id: A folder with a `config.json`.
-    Returns:
-        A source without tensors; `with_tensors` adds them.
-    Raises:
-        ModelNotFound: there is no such folder, or no config in it.
-    """
-    folder = Path(model_id).expanduser().absolute()
-    if not (folder / "config.json").is_file():
-        raise ModelNotFound(
-            f"{model_id}: random initialization needs a folder with a config.json.", hint="Download the config, or write one."
-        )
-    config = json.loads((folder / "config.json").read_bytes())
-    return Source(
-        model_id=model_id,
-        resolved=str(folder),
-        revision=None,
-        kind="safetensors",
-        folder=folder,
-        gguf_file=None,
-        config=config,
-        tensors={},
-    )
 
 
 class Drawn:
@@ -136,6 +106,19 @@ def build_reference(
     return construct(source, dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)[0]
 
 
+def drawn_source(source: Source, dtype: str, *, trust_remote_code: bool = False) -> Source:
+    """The source as if a checkpoint held what building the model gives.
+
+    Args:
+        source: A source with a config.
+        dtype: Name of the dtype of parameters.
+        trust_remote_code: Whether Python code from the model's folder may be run.
+    Returns:
+        A source that can be planned for; no file of it exists.
+    """
+    return with_tensors(source, build_reference(source, getattr(torch, dtype), trust_remote_code=trust_remote_code))
+
+
 def with_tensors(source: Source, reference: PreTrainedModel) -> Source:
     """The source as if a checkpoint held what the model holds.
 
@@ -157,7 +140,9 @@ def with_tensors(source: Source, reference: PreTrainedModel) -> Source:
         )
         for name, tensor in saved
     }
-    return dataclasses.replace(source, tensors=tensors)
+    # How a checkpoint stored its weights says nothing of what is drawn.
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    return dataclasses.replace(source, config=config, tensors=tensors)
 
 
 def match_drawn(model: PreTrainedModel, source: Source, reference: PreTrainedModel) -> Match:

@@ -66,6 +66,7 @@ def open_source(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     headers_only: bool = False,
+    config_only: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Source:
     """Find a model and read its configuration and the headers of its weights.
@@ -78,6 +79,7 @@ def open_source(
         local_files_only: Do not ask the hub; what the cache holds must do.
         headers_only: Fetch only config, index and headers of a hub model, not its weights. `Source.folder` is None then,
             unless the cache holds the model already.
+        config_only: Fetch and read only config.json; the source has no tensors then.
         on_progress: Called with bytes downloaded and bytes to download; from several threads, never at once.
 
     Returns:
@@ -98,13 +100,13 @@ def open_source(
         raise UsageError("the model's name is empty", hint=_WAYS)
     path = _existing(name)
     if path is not None:
-        return _open_path(path, model_id=name)
+        return _open_path(path, model_id=name, config_only=config_only)
     bare, _, at = name.partition("@")
     if at and revision and at != revision:
         raise UsageError(f"{name!r} names revision {at!r} but revision={revision!r} is given too", hint="Give one of them.")
     alias = aliases().get(bare)
     if alias is not None and alias.package is not None:
-        return _open_path(_packaged(alias, name=bare), model_id=name)
+        return _open_path(_packaged(alias, name=bare), model_id=name, config_only=config_only)
     hub_id = alias.id if alias is not None else _hub_id(bare)
     revision = at or revision or (alias.revision if alias is not None else None)
     if revision is not None and (not re.fullmatch(r"[\w./+-]+", revision, re.ASCII) or ".." in revision):
@@ -119,10 +121,11 @@ def open_source(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         headers_only=headers_only,
+        config_only=config_only,
         on_progress=on_progress,
     )
     if found.path is not None:
-        return _open_path(found.path, model_id=name, resolved=hub_id, revision=found.commit)
+        return _open_path(found.path, model_id=name, resolved=hub_id, revision=found.commit, config_only=config_only)
     return Source(
         model_id=name,
         resolved=hub_id,
@@ -143,18 +146,24 @@ def _existing(name: str) -> Path | None:
         return None
 
 
-def _open_path(path: Path, *, model_id: str, resolved: str | None = None, revision: str | None = None) -> Source:
+def _open_path(
+    path: Path, *, model_id: str, resolved: str | None = None, revision: str | None = None, config_only: bool = False
+) -> Source:
     path = path.absolute()  # not resolved: the hub's cache is links, and their targets have no names
-    folder, gguf_file = (path, None) if path.is_dir() else (path.parent, path.name)
+    folder, gguf_file = (path, None) if path.is_dir() or config_only else (path.parent, path.name)
     try:
-        if gguf_file is None:
-            gguf_file = _only_gguf(folder)
-        config, tensors = _read_file(folder / gguf_file) if gguf_file else _read_folder(folder)
+        tensors: dict[str, TensorInfo] = {}
+        if config_only:
+            folder = path.parent if path.name == "config.json" else path
+            config = _read_config(folder)
+        else:
+            gguf_file = gguf_file or _only_gguf(folder)
+            config, tensors = _read_file(folder / gguf_file) if gguf_file else _read_folder(folder)
     except QlazyError:
         raise
     except OSError as error:
         raise ModelNotFound(f"{path} cannot be read: {error.strerror or error}", hint="Check its permissions.") from error
-    if not tensors:
+    if not tensors and not config_only:
         raise IncompleteCheckpoint(f"{path} holds no tensors", hint="Fetch the weights again.")
     return Source(
         model_id=model_id,
@@ -217,6 +226,16 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
             hint="Fetch the missing files; for a hub model: hf download ORG/NAME",
         )
     return config, join_shards({shard: read_header(folder / shard) for shard in shards}, weight_map, index=weights)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelNotFound(
+            f"{folder} has no config.json, from which a model without weights would be built",
+            hint="Name a folder or a hub model that has one.",
+        )
+    return load_json(_read_json(path), file=str(path))
 
 
 def _read_json(path: Path) -> bytes:

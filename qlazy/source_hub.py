@@ -48,6 +48,7 @@ def fetch(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     headers_only: bool = False,
+    config_only: bool = False,
     on_progress: Progress | None = None,
 ) -> Found:
     """Fetch a hub model, or only its configuration and headers.
@@ -59,6 +60,7 @@ def fetch(
         cache_dir: Hub cache in place of `HF_HUB_CACHE`.
         local_files_only: Do not ask the hub; what the cache holds must do.
         headers_only: Fetch config.json, index and the headers of the weights only, unless the cache holds the weights.
+        config_only: Fetch config.json alone, as if the model were a file of that name.
         on_progress: Called with bytes downloaded and bytes to download.
 
     Returns:
@@ -76,7 +78,7 @@ def fetch(
     Memory: the headers.
     """
     org, name, *rest = hub_id.split("/")
-    file = rest[0] if rest else None
+    file = "config.json" if config_only else rest[0] if rest else None
     repo = Repository(f"{org}/{name}", revision=revision or "main", token=token, cache_dir=cache_dir)
     if local_files_only:
         return _cached(repo, file, because="local_files_only forbids asking the hub")
@@ -90,6 +92,8 @@ def fetch(
             return _cached(repo, file, because="the hub is down")
         raise
     weights = _pick(repo, file)
+    if config_only:
+        return Found(commit=repo.commit, path=repo.download(weights))
     if weights.endswith(".gguf"):
         return _gguf(repo, weights, headers_only=headers_only, on_progress=on_progress)
     return _safetensors(repo, weights, headers_only=headers_only, on_progress=on_progress)

@@ -172,6 +172,8 @@ def load(source: Source, options: Options, *, speaks: bool = True, trace: Trace 
         QlazyError: whatever stands in the way.
     """
     hush(options)
+    if options.random_init:
+        torch.manual_seed(0)
     recipe, budget = make_recipe(**options.recipe_arguments()), make_budget(**options.budget_arguments())
     with Display(silent=options.quiet or options.json) as display:
         source = fetch(source, options, display)

@@ -27,7 +27,7 @@ PROMPT = "In one sentence, what is the sea?"
 
 @app.command(
     epilog="Examples:\nqlazy load demo\nqlazy load llama-8b --bits 8 --dry-run\nqlazy load ./folder --format nf4 --json\n"
-    "qlazy load demo --plot memory.png --trace trace.json"
+    "qlazy load demo --plot memory.png --trace trace.json\nqlazy load llama-8b --random-init"
 )
 @with_options
 def load(
@@ -49,6 +49,8 @@ def load(
             raise UsageError("--dry-run loads nothing that could be traced or drawn.", hint="Leave --trace and --plot out.")
         plan_only(model, options)
         return
+    if options.random_init and prompt == PROMPT:
+        prompt = ""  # there is nothing to hear, and perhaps no tokenizer
     taken, picture = None if trace is None else Trace(trace), None if plot is None else require_plot(plot)
     with span(taken, "resolve"):
         source, planned = draw_up(model, options)
@@ -71,7 +73,7 @@ def load(
         options.say(f"It says: {' '.join(said.text.split())}  ({said})")
     if options.json:
         print_json(report_to_json(report) | {"generated": None if said is None else dataclasses.asdict(said)})
-    options.say(f"Next: {options.command('chat', model)}")
+    options.say(f"Next: {options.command('bench' if options.random_init else 'chat', model)}")
 
 
 def verified(loaded: Loaded) -> str:
@@ -100,5 +102,5 @@ def remarks(report: LoadReport) -> str:
     if report.unexpected:
         lines += f"\nIgnored, as transformers does: {', '.join(report.unexpected)}"
     if report.initialized:
-        lines += f"\nIn no file, initialized by transformers: {', '.join(report.initialized)}"
+        lines += f"\nIn no file, as building the model makes them: {', '.join(report.initialized)}"
     return lines

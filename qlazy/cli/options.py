@@ -143,6 +143,14 @@ class Options:
         Path | None, typer.Option(help="Folder of downloads; default that of huggingface_hub.", rich_help_panel=_FROM)
     ] = None
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Ask no network.", rich_help_panel=_FROM)] = False
+    random_init: Annotated[
+        bool,
+        typer.Option(
+            "--random-init",
+            help="Read no weights: draw them as building the model under seed 0 does. Needs only config.json.",
+            rich_help_panel=_FROM,
+        ),
+    ] = False
     strict: Annotated[
         bool,
         typer.Option(
@@ -215,7 +223,7 @@ class Options:
         Returns:
             Arguments by name.
         """
-        names = ("dtype", "attn_implementation", "strict", "trust_remote_code", "drop_page_cache")
+        names = ("dtype", "attn_implementation", "strict", "trust_remote_code", "drop_page_cache", "random_init")
         return {name: getattr(self, name) for name in names}
 
     def say(self, text: str = "") -> None:

@@ -60,14 +60,19 @@ def draw_up(model: str, options: Options) -> tuple[Source, Plan]:
         model: What was typed as MODEL.
         options: The shared options.
     Returns:
-        The source, of which only headers were read, and the plan.
+        The source, of which only headers were read (with `--random-init` only the config), and the plan.
     Raises:
         QlazyError: a model that is not found or cannot be read, or options that cannot be meant.
     """
     recipe = make_recipe(**options.recipe_arguments())
     budget = make_budget(**options.budget_arguments())
-    source = open_source(model, headers_only=True, **options.source_arguments())
+    source = open_source(model, headers_only=True, config_only=options.random_init, **options.source_arguments())
     dtype = resolve_dtype(source, options.dtype, budget)
+    if options.random_init:
+        # No file says what the model holds, so that it has to be built, without memory.
+        from qlazy.random_init import drawn_source
+
+        source = drawn_source(source, dtype, trust_remote_code=options.trust_remote_code)
     return source, allocate(entries(source, dtype), source, recipe, budget, dtype=dtype, exact=False)
 
 
@@ -98,7 +103,7 @@ def text(source: Source, planned: Plan, options: Options) -> str:
         Lines of text without a final newline.
     """
     names = {device: gpu.name.removeprefix("NVIDIA ") for device, gpu in memory.cuda_devices().items()}
-    parts = [heading(source, planned), plan_table(planned, names), plan_summary(planned)]
+    parts = [heading(source, planned, drawn=options.random_init), plan_table(planned, names), plan_summary(planned)]
     if options.verbose:
         rows = [
             [t.name, "x".join(map(str, t.shape)), t.format.name if t.format else t.dtype, t.device, format_bytes(t.nbytes)]
@@ -108,12 +113,13 @@ def text(source: Source, planned: Plan, options: Options) -> str:
     return "\n".join(parts)
 
 
-def heading(source: Source, planned: Plan) -> str:
+def heading(source: Source, planned: Plan, *, drawn: bool = False) -> str:
     """What a name resolved to, and how large it is.
 
     Args:
         source: An opened source.
         planned: Its plan.
+        drawn: Whether its weights are in no file.
     Returns:
         One line.
     """
@@ -124,4 +130,5 @@ def heading(source: Source, planned: Plan) -> str:
     unit, scale = ("B", 1e9) if parameters >= 1e9 else ("M", 1e6)
     layers = len({block_of(t.name) for t in planned.tensors} - {""})
     files = len({t.path for t in source.tensors.values()})
-    return f"{name}   {parameters / scale:.1f} {unit} parameters, {layers} layers, {files} file{'s' if files != 1 else ''}"
+    origin = "random weights" if drawn else f"{files} file{'s' if files != 1 else ''}"
+    return f"{name}   {parameters / scale:.1f} {unit} parameters, {layers} layers, {origin}"

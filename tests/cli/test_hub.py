@@ -54,3 +54,16 @@ def test_no_access_no_model_and_no_network_are_told_apart(hub):
     ]
     assert "gated" not in offline.err
     assert hub.shell("plan", "org/tiny", "--token", "hf_right").code == 0
+
+
+def test_random_weights_fetch_the_config_alone(hub, tmp_path):
+    done = hub.shell("load", "org/tiny", "--random-init", "--json")
+    assert done.code == 0, done.err
+    assert done.json["tensors_loaded"] == 21 and done.json["plan"]["resolved"] == "org/tiny"
+    fetched = {path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
+    assert fetched == {"config.json"}
+    again = hub.shell("load", "org/tiny", "--random-init", "--json", HF_HUB_OFFLINE="1")
+    assert again.code == 0, again.err
+    offline = hub.shell("load", "org/none", "--random-init", HF_HUB_OFFLINE="1")
+    assert offline.code == 3 and "not in the cache" in offline.err
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -75,7 +75,7 @@ def test_missing_tensor_is_code_5_and_no_strict_loads_it(qlazy, tiny, tmp_path):
     done = qlazy("load", tmp_path)
     assert done.code == 5 and "model.norm.weight" in done.err and "--no-strict" in done.err
     loose = qlazy("load", tmp_path, "--no-strict", "--prompt", "")
-    assert loose.code == 0 and "initialized by transformers: model.norm.weight" in loose.err
+    assert loose.code == 0 and "In no file, as building the model makes them: model.norm.weight" in loose.err
 
 
 @pytest.mark.parametrize("flags", [["--format", "nf4"], ["--recipe", "int4-small"], ["--modules-to-not-convert", "down_proj"]])
@@ -109,3 +109,26 @@ def test_files_that_cannot_be_written_are_refused_before_the_load(qlazy, tiny, t
     done = qlazy("load", tiny, flag, tmp_path / "a.png", "--dry-run")
     assert done.code == 2 and "--dry-run loads nothing" in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_random_weights_need_only_a_config(qlazy, tiny, tmp_path):
+    (tmp_path / "config.json").symlink_to(tiny / "config.json")
+    done = qlazy("load", tmp_path, "--random-init")
+    assert done.code == 0, done.err
+    assert "random weights" in done.err and "21/21 tensors, 0 left without storage" in done.err
+    assert "It says" not in done.err and f"Next: qlazy bench {tmp_path} --random-init" in done.err
+    planned = qlazy("plan", tmp_path, "--random-init", "--json").json
+    loaded = qlazy("load", tmp_path / "config.json", "--random-init", "--json").json
+    sizes = [sum(t["nbytes"] for t in plan["tensors"]) for plan in (planned, loaded["plan"])]
+    assert sizes[0] == sizes[1]
+    assert loaded["generated"] is None
+    timed = qlazy("bench", tmp_path, "--random-init", "-p", "4", "-n", "2", "-r", "1")
+    assert timed.code == 0 and timed.out
+    absent = qlazy("load", tmp_path.parent, "--random-init")
+    assert absent.code == 3 and "config.json" in absent.err
+
+
+def test_random_weights_answer_where_there_is_a_tokenizer(qlazy, tiny):
+    first, again = (qlazy("run", tiny, "hello", "--random-init", "--max-new-tokens", "3") for _ in range(2))
+    assert first.code == 0 and first.out == again.out
+    assert "It says: " in qlazy("load", tiny, "--random-init", "--prompt", "the sea").err
