@@ -6,6 +6,9 @@
 #pragma once
 #include "halves.h"
 #include <math.h>
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512BW__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("prefer-vector-width=512")
@@ -44,6 +47,14 @@ INLINE float load_float(const void *from, int64_t at, const int dtype) {
     if (dtype == FLOAT16) return load_finite_float16(((const uint16_t *)from)[at]);
     return ((const float *)from)[at];
 }
+
+#ifdef __AVX512BW__
+INLINE __m512 load_16(const void *from, int64_t at, const int dtype) {
+    if (dtype == FLOAT32) return _mm512_loadu_ps((const float *)from + at);
+    const __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)from + at));
+    return dtype == FLOAT16 ? _mm512_cvtph_ps(halves) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+#endif
 
 /* Largest magnitude, by its bits: they order as the numbers do, and NaN comes out above infinity. */
 INLINE float widest(const void *from, int64_t first, int64_t count, const int dtype) {
