@@ -227,6 +227,11 @@ class QlazyQuantizer(HfQuantizer):
         return False
 
     @property
+    def is_compileable(self) -> bool:
+        """True: products are opaque to a compiler, so that `generate` may compile its steps and capture them."""
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         """True: the weights are frozen, but gradients pass through the layers to adapters below them."""
         return True

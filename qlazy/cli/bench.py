@@ -9,7 +9,7 @@ import typer
 
 from qlazy.bench import measure, table, to_json
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Model, Options, with_options
+from qlazy.cli.options import Compile, Model, Options, with_options
 from qlazy.cli.plan import fitting
 from qlazy.errors import UsageError
 from qlazy.plot import draw_benchmark, require_plot, save_figure
@@ -34,6 +34,7 @@ def bench(
         list[str], typer.Option("--gen-tokens", "-n", help="Numbers of tokens to generate, likewise.")
     ] = ANSWERS,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1, help="How often each test is timed.")] = 5,
+    compile: Compile = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the rates to this file (.png, .svg, .pdf).")] = None,
     options: Options,
 ) -> None:
@@ -45,7 +46,9 @@ def bench(
 
     from qlazy.cli import generate
 
-    loaded = generate.load(source, options, speaks=False)
+    loaded = generate.load(source, options, speaks=False, compiles=compile)
+    if compile and tests["gen_tokens"]:
+        loaded.compile_for(tests["gen_tokens"])
     options.say(f"One warm-up and {repetitions} on the clock of each test.")
     measured = measure(loaded.model, **tests, repetitions=repetitions, on_test=lambda test: options.say(f"Timing {test}"))
     if picture is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlazy.cli.app import app
-from qlazy.cli.options import Model, Options, with_options
+from qlazy.cli.options import Compile, Model, Options, with_options
 from qlazy.cli.plan import fitting
 from qlazy.errors import UsageError
 
@@ -26,6 +26,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
+    compile: Compile = False,
     options: Options,
 ) -> None:
     """Load MODEL and talk with it.
@@ -38,7 +39,7 @@ def chat(
 
     from qlazy.cli import generate
 
-    loaded = generate.load(source, options)
+    loaded = generate.load(source, options, compiles=compile)
     if not loaded.chats:
         raise UsageError(f"{model} has no chat template.", hint=f"{options.command('run', model)} PROMPT")
     if sys.stdin.isatty():

@@ -7,7 +7,8 @@ import logging
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from qlazy.budget import make_budget
 from qlazy.cli.options import Options
 from qlazy.cli.progress import Display
+from qlazy.compiled import cache_room, compile_decoding, warm_up
 from qlazy.errors import UnsupportedModel, UsageError
 from qlazy.load import load as load_source
 from qlazy.memory import anonymous_bytes
@@ -80,6 +82,9 @@ class Loaded:
     """Its tokenizer; None where nothing will be asked."""
     max_model_len: int
     """Tokens that memory was planned for."""
+    say: Callable[[str], None] | None = None
+    """Where the decoding step is compiled: takes word of it."""
+    _compiled: set[int] = field(default_factory=set)
 
     @property
     def report(self) -> LoadReport:
@@ -121,6 +126,8 @@ class Loaded:
                 f"The prompt has {length} tokens; memory is planned for {self.max_model_len}.",
                 hint=f"Use --max-model-len {length + max_new_tokens}, or a shorter prompt.",
             )
+        config = self._generation_config(min(max_new_tokens, room), temperature)
+        self._compile(inputs, config, length + config.max_new_tokens)
         if seed is not None:
             set_seed(seed)
         streamer = Answer(self.tokenizer, echo=echo)
@@ -128,11 +135,33 @@ class Loaded:
         with torch.inference_mode():
             output = cast(Any, self.model).generate(
                 **inputs,
-                generation_config=self._generation_config(min(max_new_tokens, room), temperature),
+                generation_config=config,
                 streamer=streamer,
             )
         seconds = time.perf_counter() - began
         return Generated(text=streamer.text.strip(), tokens=output.shape[-1] - length, seconds=seconds)
+
+    def compile_for(self, gen_tokens: list[int]) -> None:
+        """Compile now what generations of these lengths from a single token need.
+
+        Args:
+            gen_tokens: Tokens generated.
+        """
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self._compile(inputs, self.model.generation_config, max(gen_tokens) + 1)
+
+    def _compile(self, inputs: dict[str, torch.Tensor], config: Any, tokens: int) -> None:
+        """Where the decoding step is compiled: make sure that it is, for a static cache of the size that these tokens need."""
+        if self.say is None:
+            return
+        if config.cache_implementation == "static":
+            config.max_cache_len = cache_room(tokens, self.max_model_len)
+        size = config.max_cache_len or 0
+        if size not in self._compiled:
+            self.say("Compiling the decoding step, once ...")
+            self.say(f"Compiled in {warm_up(self.model, inputs, config):.1f} s.")
+            self._compiled.add(size)
 
     def _encode(self, prompt: str | Messages) -> Any:
         if isinstance(prompt, str):
@@ -158,7 +187,9 @@ class Loaded:
         return config
 
 
-def load(source: Source, options: Options, *, speaks: bool = True, trace: Trace | None = None) -> Loaded:
+def load(
+    source: Source, options: Options, *, speaks: bool = True, trace: Trace | None = None, compiles: bool = False
+) -> Loaded:
     """Load a model and its tokenizer, showing progress on stderr.
 
     Args:
@@ -166,6 +197,7 @@ def load(source: Source, options: Options, *, speaks: bool = True, trace: Trace 
         options: The shared options.
         speaks: Whether the model will be asked anything, and so needs a tokenizer.
         trace: Takes what the load does.
+        compiles: Whether the decoding step will be compiled.
     Returns:
         The model, ready to answer.
     Raises:
@@ -179,7 +211,10 @@ def load(source: Source, options: Options, *, speaks: bool = True, trace: Trace 
         source = fetch(source, options, display)
         tokenizer = load_tokenizer(source) if speaks else None
         model = load_source(source, recipe, budget, on_progress=display, trace=trace, **options.load_arguments())
-    return Loaded(model=model, tokenizer=tokenizer, max_model_len=options.max_model_len)
+    if compiles:
+        compile_decoding(model)
+    said = options.say if compiles else None
+    return Loaded(model=model, tokenizer=tokenizer, max_model_len=options.max_model_len, say=said)
 
 
 def fetch(source: Source, options: Options, display: Display) -> Source:

@@ -60,6 +60,10 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option("--compile", help="Compile the step from token to token: seconds to minutes once, then less a token."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress.")]
 
 

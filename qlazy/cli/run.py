@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Model, Options, with_options
+from qlazy.cli.options import Compile, Model, Options, with_options
 from qlazy.cli.plan import fitting
 from qlazy.report import measured_table, plan_summary, report_to_json, timings
 
@@ -26,6 +26,7 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue PROMPT as it is, without the chat template.")] = False,
+    compile: Compile = False,
     report: Annotated[bool, typer.Option("--report", help="Report bytes and seconds on stderr.")] = False,
     options: Options,
 ) -> None:
@@ -34,7 +35,7 @@ def run(
 
     from qlazy.cli import generate
 
-    loaded = generate.load(source, options)
+    loaded = generate.load(source, options, compiles=compile)
     conversation = [{"role": "user", "content": prompt}]
     said = loaded.answer(
         prompt if raw or not loaded.chats else conversation,

@@ -79,3 +79,12 @@ def test_more_positions_than_the_model_has(qlazy, tiny):
 def test_what_does_not_fit_is_refused_before_torch_is_imported(shell, tiny):
     done = shell("bench", tiny, "--max-memory", "cpu=1MiB")
     assert done.code == 4 and done.out == "" and "Reading" not in done.err
+
+
+def test_compiled_says_so_before_it_measures(qlazy, tiny, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    done = qlazy("bench", tiny, *SMALL, "--compile")
+    assert done.code == 0 and "tg2" in done.out
+    assert done.err.index("Compiled in ") < done.err.index("Timing pp8")

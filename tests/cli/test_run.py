@@ -69,3 +69,20 @@ def test_demo_knows_the_capital_of_france(shell, demo):
     done = shell("run", demo, "What is the capital of France?", "--bits", "4", "--report", "--max-new-tokens", "24")
     assert done.code == 0 and "Paris" in done.out, done.err
     assert ("210 tensors" in done.err and "weights, cpu" in done.err) or "weights, cuda" in done.err
+
+
+def test_compiled_says_so_and_answers_the_same(qlazy, tiny, monkeypatch):
+    import torch
+
+    def uncompiled(call, **options):
+        compiled.append(options)
+        return call
+
+    compiled: list[dict] = []
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    plain = qlazy("run", tiny, "hello", "--max-new-tokens", "5", "-q")
+    done = qlazy("run", tiny, "hello", "--max-new-tokens", "5", "--compile")
+    assert done.out == plain.out and len(compiled) == 1
+    assert "Compiling the decoding step, once ...\nCompiled in " in done.err
+    quiet = qlazy("run", tiny, "hello", "--max-new-tokens", "5", "--compile", "-q")
+    assert quiet.out == plain.out and quiet.err == ""
