@@ -1,0 +1,398 @@
+"""Every model type of transformers, tiny and random, through a real load: what is quantized, and what it costs.
+
+    python -m benchmarks.models --out docs/models.md            # all of them, some minutes a hundred
+    python -m benchmarks.models --only mixtral,gpt_oss --json -
+
+For each type and class a tiny random model is saved as a sharded checkpoint and loaded with its experts, heads and embeddings
+in low bits. Three models are compared on the same inputs: ours, the 16-bit one, and the 16-bit one with our dequantized weights.
+Each type runs in a process of its own, so that none can spoil another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import multiprocessing
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+KINDS = {
+    "causal LM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
+    "seq2seq": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    "image-text": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"),
+    "encoder": (
+        "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
+        "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_CTC_MAPPING_NAMES",
+        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    ),
+}
+"""What is looked at, and the tables of transformers' auto classes that list it."""
+
+WIDE, EXPERTS = 512, 8
+"""Width and number of experts, where they shall hold nearly all bytes."""
+
+
+def subjects() -> Iterator[tuple[str, str, str]]:
+    """Kind, model type and class of every model.
+
+    Yields:
+        Each class once.
+    """
+    from transformers.models.auto import modeling_auto
+
+    seen = set()
+    for kind, mappings in KINDS.items():
+        for mapping in mappings:
+            for model_type, names in getattr(modeling_auto, mapping, {}).items():
+                name = names if isinstance(names, str) else names[0]
+                if (model_type, name) not in seen:
+                    seen.add((model_type, name))
+                    yield kind, model_type, name
+
+
+def build(model_type: str, name: str, *, wide_experts: bool = False) -> Any:
+    """A tiny random model in float32.
+
+    Args:
+        model_type: Key of `CONFIG_MAPPING`.
+        name: Class.
+        wide_experts: Make experts hold nearly all bytes.
+    Returns:
+        The model in evaluation mode.
+    Raises:
+        RuntimeError: no factor gives a config that can be built.
+    """
+    import torch
+    import transformers
+
+    from tests.lazy.shrink import FACTORS, tiny_config
+    from tests.lazy.zoo import _modeling
+
+    cls = getattr(transformers, name, None) or getattr(_modeling(model_type), name)
+    problem: Exception | None = None
+    for factor in FACTORS:
+        try:
+            config = tiny_config(model_type, factor, cls.config_class)
+            if wide_experts:
+                widen(config)
+            for part in (config, getattr(config, "text_config", None), getattr(config, "thinker_config", None)):
+                if getattr(part, "is_heterogeneous", False):
+                    part.per_layer_config = None  # of layers that were cut off
+            if model_type == "dbrx":
+                config.attn_config.clip_qkv = 8.0
+            torch.manual_seed(0)
+            with torch.device("meta"):
+                count = sum(p.numel() for p in cls(tiny_config(model_type, factor, cls.config_class)).parameters())
+            if count > 150e6:
+                raise RuntimeError(f"{count:,} parameters at the smallest")
+            model = cls(config).eval()
+            if model._can_set_experts_implementation():
+                model.set_experts_implementation("eager")  # the fused product wants strides that tiny widths do not have
+            spread(model)
+            return model
+        except Exception as error:
+            problem = error
+    raise RuntimeError(f"{type(problem).__name__}: {problem}")
+
+
+MOE: dict[str, Any] = {
+    "moe_intermediate_size": WIDE,
+    "expert_ffn_hidden_size": WIDE,
+    "ffn_hidden_size": WIDE,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "global_head_dim": 32,
+    "swa_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "qk_head_dim": 64,
+    "v_head_dim": 32,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "top_k": 2,
+    "moe_top_k": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "top_k_experts": 2,
+    "num_experts_per_token": 2,
+    "first_k_dense_replace": 0,
+    "num_dense_layers": 0,
+    "decoder_sparse_step": 1,
+    "interleave_moe_layer_step": 1,
+    "expert_layer_period": 1,
+    "expert_layer_offset": 0,
+    "moe_layer_start_index": 0,
+    "moe_layer_interval": 1,
+    "mlp_only_layers": [],
+    "index_head_dim": 64,
+    "hidden_size": 128,
+    "d_model": 128,
+}
+"""What makes experts hold nearly all bytes, in whichever words a config has for it."""
+
+
+def widen(config: Any) -> None:
+    """Give experts widths and numbers that make them nearly all of the model."""
+    parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
+    for part in parts:
+        values = vars(part)
+        if not any("expert" in key or "moe" in key for key in values):
+            continue
+        for key, value in MOE.items():
+            if key in values:
+                old = values[key]
+                set_one(part, key, [value] * len(old) if isinstance(old, list | tuple) and key != "mlp_only_layers" else value)
+        for key in list(values):
+            if key == "mlp_layer_types" and values[key]:
+                set_one(part, key, ["sparse" if layer == "dense" else layer for layer in values[key]])
+            if key == "num_local_experts" or key in ("num_experts", "moe_num_experts", "n_routed_experts"):
+                set_one(part, key, EXPERTS)
+        if "moe_intermediate_size" not in values and "intermediate_size" in values:
+            set_one(part, "intermediate_size", WIDE)
+
+
+def set_one(part: Any, key: str, value: Any) -> None:
+    """Set what the config lets itself be set."""
+    try:
+        setattr(part, key, value)
+    except Exception:
+        return
+
+
+def spread(model: Any) -> None:
+    """Weights of ordinary size whatever the class initializes with, so that each of them counts."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and parameter.dim() > 1:
+                deviation = float(parameter.std()) if parameter.numel() > 1 else 1.0
+                if not 1e-3 < deviation < 1e3 or "expert" in name:
+                    parameter.normal_(0, 1 / math.sqrt(max(1, parameter.shape[-1])))
+
+
+def inputs_of(model: Any) -> list[dict[str, Any]]:
+    """Ways to call a model, to be tried in turn."""
+    import torch
+
+    torch.manual_seed(1)
+    ids = torch.randint(5, 60, (2, 12))
+    config = model.config
+    vision = getattr(config, "vision_config", config)
+    size = getattr(vision, "image_size", None) or 32
+    size = size if isinstance(size, int) else size[0]
+    pixels = torch.randn(2, getattr(vision, "num_channels", 3) or 3, size, size)
+    text = {"input_ids": ids}
+    mels = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
+    frames = 2 * (getattr(config, "max_source_positions", None) or 64)
+    features = torch.randn(2, mels, frames)
+    return [
+        text,
+        {**text, "use_cache": False},
+        {**text, "decoder_input_ids": ids},
+        {**text, "bbox": torch.zeros(2, 12, 4, dtype=torch.long)},
+        {**text, "pixel_values": pixels},
+        {"pixel_values": pixels},
+        {"input_values": torch.randn(2, 4000)},
+        {"input_features": features, "decoder_input_ids": ids},
+        {"input_features": features.transpose(1, 2)},
+        {"input_features": features.transpose(1, 2), "decoder_input_ids": ids},
+        {"input_values": torch.randn(2, 4000), "decoder_input_ids": ids},
+        {"input_ids": ids[:, :, None].expand(-1, -1, getattr(config, "num_codebooks", 4) or 4)},
+        {"input_values": torch.randn(2, 64, 128)},
+        {"pixel_values": pixels, "decoder_input_ids": ids},
+        {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    ]
+
+
+def output_of(model: Any, inputs: dict[str, Any]) -> Any:
+    """The model's main floating result."""
+    import torch
+
+    with torch.no_grad():
+        torch.manual_seed(2)
+        out = model(**inputs)
+    for key in ("logits", "prediction_logits", "logits_per_text", "last_hidden_state"):
+        if isinstance(getattr(out, key, None), torch.Tensor):
+            return getattr(out, key)
+    floats = [value for value in out.to_tuple() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return floats[0]
+
+
+def run(model_type: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Save, load and compare one model.
+
+    Args:
+        model_type: Key of `CONFIG_MAPPING`.
+        name: Class.
+        options: `moe`: experts hold nearly all bytes, and both forms of checkpoint are loaded; others go to `load_quantized`.
+    Returns:
+        What the table says of it.
+    """
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    moe = options.pop("moe", False)
+    row: dict[str, Any] = {"model_type": model_type, "class": name}
+    try:
+        model = build(model_type, name, wide_experts=moe)
+    except Exception as error:
+        return row | {"status": "not built", "reason": short(error)}
+    wanted = None
+    for inputs in inputs_of(model):
+        try:
+            wanted = output_of(model, inputs)
+            break
+        except Exception as error:
+            row.setdefault("reason", short(error))
+    forms = [True, False] if moe else [True]
+    for original in forms:
+        form = "hub" if original else "transformers"
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    model.save_pretrained(folder, max_shard_size="300KB", save_original_format=original)
+                except Exception as error:
+                    row |= {"status": "not saved", "reason": short(error)}
+                    continue
+                row |= compare(model, folder, inputs if wanted is not None else None, wanted, options, form)
+        except Exception as error:
+            row |= {"status": "failed", "reason": f"{form}: {short(error)}", "trace": traceback.format_exc()[-3000:]}
+            break
+    return row
+
+
+def compare(model: Any, folder: str, inputs: Any, wanted: Any, options: dict[str, Any], form: str) -> dict[str, Any]:
+    """Load a folder and compare."""
+    import copy
+
+    import torch
+
+    import qlazy
+
+    planned = qlazy.plan(folder, device_map="cpu", max_memory={"cpu": "64GiB"}, **options)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if config.get("architectures") != [type(model).__name__]:
+        config["architectures"] = [type(model).__name__]
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+    ours = qlazy.load_quantized(folder, device_map="cpu", max_memory={"cpu": "64GiB"}, dtype="float32", **options)
+    exact = ours.qlazy_report.plan
+    source = sum(t.source_nbytes for t in exact.tensors)
+    low = sum(t.source_nbytes for t in exact.tensors if t.format is not None)
+    kept: dict[str, int] = {}
+    for tensor in exact.tensors:
+        if tensor.format is None:
+            kept[tensor.reason] = kept.get(tensor.reason, 0) + tensor.nbytes
+    experts = [t for t in exact.tensors if t.kind == "experts"]
+    found: dict[str, Any] = {
+        "status": "loaded",
+        "share": low / max(1, source),
+        "experts": len(experts),
+        "bytes": source,
+        "packed": exact.weight_bytes,
+        f"planned_{form}": planned.weight_bytes,
+        f"exact_{form}": exact.weight_bytes,
+        "host_peak": ours.qlazy_report.host_peak_bytes,
+        "kept": kept,
+    }
+    assert sum(ours.qlazy_report.device_bytes.values()) == exact.weight_bytes, "the plan is not what the model holds"
+    if inputs is None:
+        return found | {"status": "not called"}
+    result = output_of(ours, inputs).double()
+    twin = copy.deepcopy(model)
+    held = dict(twin.named_parameters(remove_duplicate=False))
+    for path, module in ours.named_modules(remove_duplicate=False):
+        if hasattr(module, "storage") and hasattr(module, "format"):
+            name = path if path in held else f"{path}.weight"
+            values = module.dequantize()
+            held[name].data.copy_(values.t() if getattr(module, "transposed", False) else values)
+    same = output_of(twin, inputs).double()
+    wanted = wanted.double()
+    norm = max(float(wanted.norm()), 1e-30)
+    found[f"error_{form}"] = float((result - same).norm()) / max(float(same.norm()), 1e-30)
+    found["quantization"] = float((result - wanted).norm()) / norm
+    found["finite"] = bool(torch.isfinite(result).all()) or not bool(torch.isfinite(wanted).all())
+    return found
+
+
+def short(error: BaseException) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="model types, separated by commas")
+    parser.add_argument("--kind", default="", help="one of " + ", ".join(KINDS))
+    parser.add_argument("--moe", action="store_true", help="families with fused experts, which hold nearly all bytes")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", default="", help="file for all rows")
+    parser.add_argument("--options", default='{"embedding_bits": 8}', help="of load_quantized, as JSON")
+    given = parser.parse_args()
+    only = set(filter(None, given.only.split(",")))
+    if given.moe:
+        wanted = [("experts", model_type, name) for model_type, name in moe_subjects()]
+    else:
+        wanted = [s for s in subjects() if not given.kind or s[0] == given.kind]
+    wanted = [s for s in wanted if not only or s[1] in only]
+    options = json.loads(given.options) | ({"moe": True} if given.moe else {})
+    rows = []
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(given.jobs, mp_context=context, max_tasks_per_child=12)
+    pending = [(s, pool.submit(run, s[1], s[2], dict(options))) for s in wanted]
+    for (kind, model_type, name), future in pending:
+        try:
+            row = future.result(timeout=300)
+        except (BrokenProcessPool, TimeoutError) as error:
+            row = {"model_type": model_type, "class": name, "status": "crashed", "reason": short(error)}
+        rows.append({"kind": kind} | row)
+        says = [f"{row['share']:.1%}"] if "share" in row else []
+        says += [f"{k[6:]} {v:.1e}" for k, v in row.items() if k.startswith("error_")]
+        says += ["PLAN" for k in row if k.startswith("planned_") and row[k] != row["exact_" + k[8:]]]
+        reason = "" if row["status"] == "loaded" else row.get("reason", "")
+        print(kind, model_type, name, row["status"], *says, reason, flush=True)
+        if given.json:
+            Path(given.json).write_text(json.dumps(rows, indent=1))
+    pool.shutdown(cancel_futures=True)
+
+
+def moe_subjects() -> list[tuple[str, str]]:
+    """Model type and class of every model whose code has fused experts."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    models = Path(transformers.__file__).parent / "models"
+    has = re.compile(r"@use_experts_implementation|class \w*Experts?\w*\(nn\.Module\)")
+    families = {f.parent.name for f in models.glob("*/modeling_*.py") if has.search(f.read_text(encoding="utf-8"))}
+    found: dict[str, str] = {}
+    for mapping in [m for group in KINDS.values() for m in group]:
+        for model_type, names in getattr(modeling_auto, mapping, {}).items():
+            from transformers.models.auto.configuration_auto import model_type_to_module_name
+
+            if model_type_to_module_name(model_type) in families:
+                found.setdefault(model_type, names if isinstance(names, str) else names[0])
+    return sorted(found.items())
+
+
+if __name__ == "__main__":
+    main()
