@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from qlazy import codebook
-from qlazy.errors import UsageError
+from qlazy.errors import CorruptCheckpoint, UsageError
 from qlazy.formats import BNB_BLOCK, BNB_NESTED_BLOCK, Codebook4, Format, Int4, Int8
+from qlazy.source_packed import BitsAndBytes4, BitsAndBytes8, Gptq, PackedTensor
 
 Layout = Literal["compressed-tensors", "bitsandbytes", "gptq"]
 """Whose layout a folder has."""
@@ -116,9 +117,11 @@ def quantization_config(
     if layout == "gptq":
         return _gptq_config(most, packed, unpacked)
     groups = {}
-    for number, fmt in enumerate(formats):
-        names = [name for name, own in packed.items() if own == fmt and (number or name in others)]
-        targets = [*(["Linear"] if not number else []), *names]
+    # Layers by name come first: there are readers that take the first group that matches, and some by class alone.
+    for number, fmt in enumerate(reversed(formats)):
+        is_most = fmt == most
+        names = [_target(name) for name, own in packed.items() if own == fmt and (not is_most or name in others)]
+        targets = [*names, *(["Linear"] if is_most else [])]
         groups[f"group_{number}"] = {
             "targets": targets,
             "weights": _scheme(fmt),
@@ -134,6 +137,11 @@ def quantization_config(
         "ignore": list(unpacked),
         "kv_cache_scheme": None,
     }
+
+
+def _target(name: str) -> str:
+    """How a config group names one layer: by its path, or where that has no dots, which might be a class, by an expression."""
+    return name if "." in name else rf"re:(.*\.)?{name}$"
 
 
 def _scheme(fmt: Format) -> dict[str, Any]:
@@ -254,3 +262,68 @@ def require_layout(layout: str) -> Layout:
         if layout == known:
             return known
     raise UsageError(f"There is no layout {layout!r}.", hint=f"Use {', '.join(LAYOUTS)}.")
+
+
+def from_stored(
+    fmt: Format, info: PackedTensor, parts: Mapping[str, Tensor], columns: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A packed weight as a layer holds it, of the parts that a folder has.
+
+    Args:
+        fmt: The format that `keep` told.
+        info: What the parts are.
+        parts: By role.
+        columns: K.
+        dtype: Of scales.
+    Returns:
+        Tensors by the names of `Format.storage`.
+    Raises:
+        CorruptCheckpoint: a codebook or order of columns that is not the one that the format has.
+
+    Memory: views where the layout is that in memory; of int8 in words and of gptq a copy.
+    """
+    scheme, words = info.scheme, parts["weight"]
+    if isinstance(fmt, Codebook4):
+        return _from_bitsandbytes4(fmt, info, parts)
+    if isinstance(scheme, BitsAndBytes8):
+        return {"weight_packed": words, "weight_scale": (parts["scale"] / 127).to(dtype).view(-1, 1)}
+    scale, zero = parts["scale"], parts.get("zero")
+    if isinstance(scheme, Gptq):
+        _require_gptq(fmt, info, parts, columns)
+        words, scale = words.t().contiguous(), scale.t().contiguous()
+        zero = None if zero is None else zero.t().contiguous()
+    scale = scale.view(-1, 1).expand(words.shape[0], -1) if scale.dim() < 2 else scale
+    if isinstance(fmt, Int8):
+        packed = words if words.dtype == torch.int8 else (words.view(torch.uint8) ^ 0x80).view(torch.int8)[:, :columns]
+        return {"weight_packed": packed.contiguous(), "weight_scale": scale.to(dtype).contiguous()}
+    held = {"weight_packed": words, "weight_scale": scale.to(dtype).contiguous()}
+    if zero is not None and isinstance(fmt, Int4) and not fmt.symmetric:
+        held["weight_zero_point"] = zero
+    return held
+
+
+def _from_bitsandbytes4(fmt: Codebook4, info: PackedTensor, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    assert isinstance(info.scheme, BitsAndBytes4)
+    held = {"weight_packed": parts["weight"].view(torch.uint8).flatten()}
+    if not fmt.double_quant:
+        return held | {"absmax": parts["absmax"].flatten()}
+    if not torch.equal(parts["nested_quant_map"], codebook.nested_code()):
+        raise CorruptCheckpoint(f"{info.path.name}: the nested codebook of {info.name!r} is not that of bitsandbytes.")
+    return held | {
+        "absmax_packed": parts["absmax"].flatten(),
+        "nested_absmax": parts["nested_absmax"],
+        "nested_offset": torch.tensor(info.scheme.nested_offset, dtype=torch.float32),
+    }
+
+
+def _require_gptq(fmt: Format, info: PackedTensor, parts: Mapping[str, Tensor], columns: int) -> None:
+    """Zeros must be in the middle where the config says so, and columns in order."""
+    assert isinstance(info.scheme, Gptq) and not isinstance(fmt, Codebook4)
+    order, zero = parts.get("g_idx"), parts["zero"]
+    size = columns if fmt.group_size == -1 else fmt.group_size
+    if order is not None and not torch.equal(order.long(), torch.arange(columns) // size):
+        raise CorruptCheckpoint(f"{info.path.name}: the columns of {info.name!r} are not in order, as desc_act says they are.")
+    middle = {4: 0x88888888, 8: 0x80808080}[fmt.bits] - info.scheme.zero_offset * {4: 0x11111111, 8: 0x01010101}[fmt.bits]
+    symmetric = isinstance(fmt, Int8) or fmt.symmetric
+    if symmetric and not bool((zero == (middle if middle < 1 << 31 else middle - (1 << 32))).all()):
+        raise CorruptCheckpoint(f"{info.path.name}: {info.name!r} has zero points, and config.json says that it is symmetric.")

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from qlazy.budget import Budget
 from qlazy.errors import UsageError
 from qlazy.finish import finish
+from qlazy.kept import keep
 from qlazy.match import match_tensors
 from qlazy.memory import Meter, anonymous_bytes
 from qlazy.place import Placer
@@ -29,6 +30,7 @@ from qlazy.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, RING_BYTES, Plan, make_p
 from qlazy.plan_entries import resolve_dtype
 from qlazy.random_init import Drawn, build_reference, match_drawn, with_tensors
 from qlazy.recipe import Recipe
+from qlazy.reopen import reopen
 from qlazy.report import LoadReport, Progress
 from qlazy.source import Source
 from qlazy.staging import open_gpus
@@ -74,6 +76,19 @@ def load(
 
     Memory: as `qlazy.load_quantized`.
     """
+    kept = None if random_init else keep(source, recipe)
+    if kept is not None:
+        return reopen(
+            source,
+            kept,
+            budget,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            strict=strict,
+            drop_page_cache=drop_page_cache,
+            trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
+        )
     clock = _Clock(trace)
     with Meter() as meter:
         construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}

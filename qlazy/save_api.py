@@ -87,7 +87,7 @@ def save_quantized(
         from qlazy.save_model import save_model
 
         layout = None if format is None else require_layout(format)
-        return save_model(model, os.fspath(folder), layout=layout, force=force, shard_bytes=parse_bytes(str(max_shard_size)))
+        return save_model(model, os.fspath(folder), layout=layout, force=force, shard_bytes=_bytes(max_shard_size))
     recipe = save_recipe(
         format,
         weights=weights,
@@ -121,10 +121,14 @@ def save_quantized(
         layout=None if format is None else require_layout(format),
         dtype=dtype,
         force=force,
-        shard_bytes=parse_bytes(str(max_shard_size)),
+        shard_bytes=_bytes(max_shard_size),
         trust_remote_code=trust_remote_code,
         on_progress=on_progress,
     )
+
+
+def _bytes(size: str | int) -> int:
+    return size if isinstance(size, int) else parse_bytes(size)
 
 
 def save_recipe(

@@ -1,0 +1,229 @@
+"""What is saved reopens bit for bit in every layout, is mapped and not copied, and means the same to plain transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import qlazy
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UsageError
+from qlazy.saved import verify
+from qlazy.shards import ALIGNMENT
+from qlazy.source import open_source
+from qlazy.source_safetensors import read_header
+from tests.integration.conftest import inputs_of
+
+SAVES: list[dict[str, Any]] = [
+    {},
+    {"symmetric": True, "group_size": 64, "head_bits": 16},
+    {"group_size": -1, "head_bits": 4},
+    {"bits": 8},
+    {"bits": 8, "group_size": 32},
+    {"weights": "nf4"},
+    {"weights": "fp4", "double_quant": False},
+    {"format": "bitsandbytes", "bits": 8},
+    {"format": "gptq"},
+    {"format": "gptq", "symmetric": False},
+    {"format": "gptq", "bits": 8},
+    {"modules_to_not_convert": ["down_proj"]},
+]
+"""Options of `save_quantized`."""
+
+
+def load_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `load_quantized` that quantize as a save with these does."""
+    layout = options.get("format")
+    told = {("format" if key == "weights" else key): value for key, value in options.items() if key != "format"}
+    if layout == "gptq" and told.get("bits") != 8:
+        told.setdefault("symmetric", True)
+    if layout in ("gptq", "bitsandbytes") or "weights" in options:
+        told.setdefault("head_bits", 16)
+    return told
+
+
+def tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def require_equal(one: Any, other: Any) -> None:
+    left, right = tensors(one), tensors(other)
+    assert set(left) == set(right)
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+@pytest.fixture
+def save(checkpoint: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    def make(name: str, **options: Any) -> Path:
+        qlazy.save_quantized(checkpoint(name), tmp_path / "saved", max_shard_size=60_000, **options)
+        return tmp_path / "saved"
+
+    yield make
+
+
+@pytest.mark.parametrize("options", SAVES, ids=str)
+def test_reopened_bit_for_bit(checkpoint, save, options):
+    folder = save("llama", **options)
+    loaded = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", **load_options(options))
+    reopened = qlazy.load_quantized(folder, device_map="cpu")
+    require_equal(loaded, reopened)
+    assert torch.equal(loaded(**inputs_of("llama")).logits, reopened(**inputs_of("llama")).logits)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gemma3", "gpt2", "t5", "bert", "siglip"])
+@pytest.mark.parametrize("options", [{}, {"format": "gptq"}, {"bits": 8}], ids=str)
+def test_other_architectures_reopen(checkpoint, save, name, options):
+    folder = save(name, **options)
+    loaded = qlazy.load_quantized(checkpoint(name), device_map="cpu", **load_options(options))
+    require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
+
+
+UNCHANGED: list[dict[str, Any]] = [
+    {"head_bits": 16},
+    {"symmetric": True, "head_bits": 4},
+    {"weights": "fp4", "double_quant": False},
+]
+
+
+@pytest.mark.parametrize("options", UNCHANGED, ids=str)
+def test_nothing_is_copied(save, options):
+    reopened = qlazy.load_quantized(save("llama", **options), device_map="cpu")
+    assert reopened.qlazy_report.bytes_read == 0
+    # Two tensors of one file share the map, and lie where the file has them.
+    held = [tensor for name, tensor in tensors(reopened).items() if "inv_freq" not in name]
+    files = len(list(reopened_folder(reopened).glob("*.safetensors")))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in held}) == files > 1
+
+
+def reopened_folder(model: Any) -> Path:
+    return Path(model.config.name_or_path)
+
+
+def test_tensors_lie_on_boundaries(save):
+    for shard in save("llama").glob("*.safetensors"):
+        for info in read_header(shard).values():
+            if info.nbytes % ALIGNMENT == 0:
+                assert info.offset % ALIGNMENT == 0, info.name
+
+
+def test_writing_to_a_mapped_weight_leaves_the_file_alone(save):
+    folder = save("llama")
+    reopened = qlazy.load_quantized(folder, device_map="cpu")
+    with torch.no_grad():
+        for tensor in tensors(reopened).values():
+            tensor.zero_()
+    verify(folder)
+
+
+def test_saved_model_is_what_was_loaded(checkpoint, tmp_path):
+    for options in ({}, {"format": "nf4", "head_bits": 16}, {"bits": 8}):
+        loaded = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", **options)
+        folder = tmp_path / str(options)
+        report = qlazy.save_quantized(loaded, folder, max_shard_size=60_000)
+        assert report.shards > 1
+        require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True, "head_bits": 16}, {"bits": 8}], ids=str)
+def test_plain_transformers_opens_compressed_tensors(save, options):
+    folder = save("llama", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        expected = theirs(**inputs_of("llama")).logits
+    ours = qlazy.load_quantized(folder, device_map="cpu", dtype="float32")(**inputs_of("llama")).logits
+    # 6e-7 was measured: the same weights, multiplied in another order.
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("options", [{"weights": "nf4"}, {"weights": "fp4", "double_quant": False}], ids=str)
+def test_plain_transformers_opens_bitsandbytes(save, options):
+    folder = save("llama", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        expected = theirs(**inputs_of("llama")).logits.float()
+    ours = qlazy.load_quantized(folder, device_map="cpu")(**inputs_of("llama")).logits.float()
+    assert (ours - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_config_says_what_is_packed_and_what_is_not(save):
+    config = json.loads((save("llama", modules_to_not_convert=["down_proj"]) / "config.json").read_text())
+    said = config["quantization_config"]
+    groups = said["config_groups"].values()
+    targets = [(group["targets"], group["weights"]["num_bits"]) for group in groups]
+    assert targets == [([r"re:(.*\.)?lm_head$"], 8), (["Linear"], 4)]
+    assert said["ignore"] == [f"model.layers.{layer}.mlp.down_proj" for layer in range(2)]
+    assert config["dtype"] == "bfloat16"
+
+
+def test_tied_head_is_ignored_and_not_written(save):
+    folder = save("llama-tied")
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
+    assert "lm_head.weight" not in open_source(folder).tensors
+
+
+def test_verify_finds_a_changed_byte_and_a_missing_file(save, tmp_path):
+    folder = save("llama")
+    read = verify(folder)
+    assert read > sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    shard = sorted(damaged.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CorruptCheckpoint, match=shard.name):
+        verify(damaged)
+    shard.unlink()
+    with pytest.raises(IncompleteCheckpoint, match=f"{shard.name} is missing"):
+        verify(damaged)
+    with pytest.raises(UsageError, match="no manifest"):
+        verify(tmp_path)
+
+
+def test_same_save_again_writes_nothing(checkpoint, save):
+    folder = save("llama")
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    report = qlazy.save_quantized(checkpoint("llama"), folder, max_shard_size=60_000)
+    assert report.shards_resumed == report.shards
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
+def test_another_recipe_replaces_only_when_told_to(checkpoint, save):
+    folder = save("llama")
+    with pytest.raises(UsageError, match="is not empty"):
+        qlazy.save_quantized(checkpoint("llama"), folder, bits=8)
+    qlazy.save_quantized(checkpoint("llama"), folder, bits=8, force=True)
+    assert verify(folder)
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"format": "bitsandbytes", "weights": "int4"}, "is int4-g32-asym, and bitsandbytes has"),
+        ({"format": "bitsandbytes", "head_bits": 8}, "a bitsandbytes folder has one format"),
+        ({"format": "compressed-tensors", "weights": "nf4"}, "is nf4-dq, and compressed-tensors has integers only"),
+        ({"format": "nf4"}, "There is no layout 'nf4'. That is a format of weights"),
+    ],
+    ids=str,
+)
+def test_layouts_refuse_what_they_cannot_hold(checkpoint, tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", **options)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_saved_formats_are_kept_and_others_are_not(save):
+    folder = save("llama", bits=8)
+    assert qlazy.load_quantized(folder, device_map="cpu").model.layers[0].mlp.up_proj.format.bits == 8
+    assert qlazy.load_quantized(folder, device_map="cpu", bits=8).qlazy_report.plan.recipe.format.bits == 8
