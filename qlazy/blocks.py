@@ -100,7 +100,8 @@ def _plain_int8(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Te
     block, factors = weight.packed[start:stop], weight.scale[start:stop]
     grouped = block.view(stop - start, factors.shape[1], -1)
     # Codes of 8 bits are exact in every float dtype, and a product of two elements of one dtype is rounded once.
-    return (grouped.to(factors.dtype) * factors.unsqueeze(2)).view(block.shape).to(dtype)
+    work = dtype if dtype == factors.dtype else torch.float32
+    return (grouped.to(work) * factors.to(work).unsqueeze(2)).view(block.shape).to(dtype)
 
 
 def _plain_codebook4(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:

@@ -3,8 +3,8 @@
     qlazy::experts_int4, qlazy::experts_int8, qlazy::experts_codebook4
         y_TN: rows of x_TK, sorted by expert, times W_ENK[e].T, where `counts_E` rows belong to each expert
 
-Only experts that a token goes to are touched. On a CPU each is a product of its slice of the storage; on a GPU `ON_CUDA` may
-have one launch for all. Activation, limits, biases and norms are those of the model's own module.
+Only experts that a token goes to are touched. On a CPU each is a product of its slice of the storage; on a GPU int4 and
+int8 have one launch for all. Activation, limits, biases and norms are those of the model's own module.
 """
 
 from __future__ import annotations
@@ -17,16 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qlazy import ops
+from qlazy import gpu, ops
 from qlazy.formats import Codebook4, Int4
 from qlazy.native_product import Weight
 from qlazy.quant_weight import QuantWeight
-
-Grouped = Callable[[Tensor, Tensor, tuple[Tensor | None, ...]], Tensor]
-ON_CUDA: dict[str, Grouped] = {}
-"""By name of the op (`experts_int4` ...), one launch for all experts: it gets rows sorted by expert, how many each expert has,
-and the stored tensors in the order of the op. Where there is none each expert is a product of its own.
-"""
 
 _library = torch.library.Library("qlazy", "FRAGMENT")
 _library.define("experts_int4(Tensor x, Tensor counts, Tensor packed, Tensor scale, Tensor? zero) -> Tensor")
@@ -125,11 +119,16 @@ def _product(x: Tensor, counts: Tensor, weight: QuantWeight) -> Tensor:
     return y
 
 
-def _each(
-    name: str, x: Tensor, counts: Tensor, rows: int, stored: tuple[Tensor | None, ...], of: Callable[..., Weight]
-) -> Tensor:
-    if x.is_cuda and name in ON_CUDA:
-        return ON_CUDA[name](x, counts, stored)
+def _at_once(x: Tensor, counts: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor | None:
+    """The product in one launch, where there is a kernel for it."""
+    if not gpu.has_kernels(x):
+        return None
+    from qlazy import triton_products
+
+    return triton_products.grouped(x, counts, packed, scale, zero)
+
+
+def _each(x: Tensor, counts: Tensor, rows: int, stored: tuple[Tensor | None, ...], of: Callable[..., Weight]) -> Tensor:
     y = x.new_zeros(x.shape[0], rows)
     start = 0
     for expert, count in enumerate(counts.tolist()):
@@ -141,19 +140,17 @@ def _each(
 
 
 def _experts_int4(x: Tensor, counts: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    made = _at_once(x, counts, packed, scale, zero)
+    if made is not None:
+        return made
     columns = x.shape[-1]
-    return _each(
-        "experts_int4",
-        x,
-        counts,
-        packed.shape[1],
-        (packed, scale, zero),
-        lambda packed, scale, zero: ops.int4_weight(packed, scale, zero, columns),
-    )
+    stored = packed, scale, zero
+    return _each(x, counts, packed.shape[1], stored, lambda p, s, z: ops.int4_weight(p, s, z, columns))
 
 
 def _experts_int8(x: Tensor, counts: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    return _each("experts_int8", x, counts, packed.shape[1], (packed, scale), ops.int8_weight)
+    made = _at_once(x, counts, packed, scale)
+    return _each(x, counts, packed.shape[1], (packed, scale), ops.int8_weight) if made is None else made
 
 
 def _experts_codebook4(
@@ -172,7 +169,7 @@ def _experts_codebook4(
     def of(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Weight:
         return ops.codebook4_weight(packed, absmax, nested_absmax, nested_offset, shape, kind)
 
-    return _each("experts_codebook4", x, counts, out_features, stored, of)
+    return _each(x, counts, out_features, stored, of)
 
 
 for _device in ("CPU", "CUDA"):

@@ -5,18 +5,12 @@ qlazy::gather_int4, qlazy::gather_int8     y_IK = W_NK[index_I]
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from qlazy import ops
+from qlazy import gpu, ops
 from qlazy.native_product import INT4, INT8, Weight
 from qlazy.packing import unpack_int4
-
-Gather = Callable[[Weight, Tensor, torch.dtype], Tensor]
-ON_CUDA: dict[int, Gather] = {}
-"""By kind of weight, a kernel that gathers on a GPU; where there is none, torch's own indexing does."""
 
 _library = torch.library.Library("qlazy", "FRAGMENT")
 _library.define(
@@ -35,7 +29,7 @@ def gather_rows(weight: Weight, index: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         (I, K), the same values as `ops.dequantize_rows` gives.
     Raises:
-        IndexError: an index that is no row.
+        IndexError: an index that is no row; by the kernels of a GPU, where nothing waits to see it, the row is NaN instead.
 
     Memory: the result and nine bytes for each of its elements; of NF4 and FP4 the whole table, dequantized.
     """
@@ -53,8 +47,12 @@ def gather_rows(weight: Weight, index: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gather(weight: Weight, index: Tensor, dtype: torch.dtype) -> Tensor:
-    if index.is_cuda and weight.kind in ON_CUDA:
-        return ON_CUDA[weight.kind](weight, index, dtype)
+    if gpu.has_kernels(index):
+        from qlazy import triton_products
+
+        gathered = triton_products.gather(weight, index, dtype)
+        if gathered is not None:
+            return gathered
     count, columns, groups = index.shape[0], weight.shape[1], weight.scale.shape[1]
     scale = weight.scale[index].unsqueeze(2)
     if weight.kind == INT8:

@@ -110,6 +110,10 @@ class QuantLinear(nn.Module):
         for first in range(0, rows_first.shape[0], step):
             piece = rows_first[first : first + step].to(self.weight_packed.device).contiguous()
             self.fill_rows(start + first, piece)
+        if self.weight_packed.is_cuda and self.complete:  # there rows are filled without a look, see `qlazy/quantize.py`
+            for held in (getattr(self, key) for key in self.storage):
+                if held.is_floating_point():
+                    require_finite(held)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as the layer computes with it.

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import qlazy
+from qlazy import gpu, native
+
 
 @pytest.fixture(scope="session")
 def kernels():
@@ -45,3 +48,21 @@ _seen: dict[int, object] = {}
 def _interpreted(triton, function):
     """One interpreted twin of each, as the interpreter knows a sum by the identity of its function."""
     return _seen.setdefault(id(function), triton.jit(function.fn))
+
+
+@pytest.fixture
+def dispatch(kernels, monkeypatch):
+    """qlazy's own choice of kernels and quantizers, with tensors on the CPU in the place of a GPU's."""
+    for name, module in vars(kernels).items():
+        monkeypatch.setitem(sys.modules, f"qlazy_kernels.{name}", module)
+    made = {}
+    for name in ("triton_products", "triton_quantize"):
+        monkeypatch.delitem(sys.modules, f"qlazy.{name}", raising=False)
+        monkeypatch.setattr(qlazy, name, None, raising=False)
+        made[name] = importlib.import_module(f"qlazy.{name}")
+        monkeypatch.setitem(sys.modules, f"qlazy.{name}", made[name])
+        monkeypatch.setattr(qlazy, name, made[name])
+    monkeypatch.setattr(made["triton_products"], "_has_bitsandbytes", lambda: False)
+    monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
+    monkeypatch.setattr(native, "library", lambda: None)
+    return SimpleNamespace(**made)
