@@ -284,3 +284,17 @@ def test_any_value_in_a_quant_state_is_read_or_refused(tmp_path, key):
         files = Files(False)
         assert read_whole(files, info, 0, 64).shape == (64, 128)
         files.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_by_default_what_a_layer_can_hold_is_kept_and_the_rest_is_close(checkpoint, tmp_path, method):
+    packed, plain = write_both(checkpoint("llama"), tmp_path, method)
+    values = all_tensors(plain)
+    model = qlazy.load_quantized(packed, device_map="cpu")
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            wanted, weight = values[f"{name}.weight"].float(), module.weight.float()
+            if method == "compressed-tensors":
+                assert torch.equal(weight, wanted), name
+            else:
+                assert (weight - wanted).norm() < 0.1 * wanted.norm(), name
