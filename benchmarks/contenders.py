@@ -69,12 +69,17 @@ class Inputs:
     """Threads for everybody."""
 
 
-def _qlazy(gguf: str = "", **options: Any) -> Callable[[Inputs], Model]:
+def _qlazy(gguf: str = "", *, compiled: bool = False, **options: Any) -> Callable[[Inputs], Model]:
     def load(inputs: Inputs) -> Model:
         import qlazy
 
         source = inputs.gguf[gguf] if gguf else inputs.folder
-        return TorchModel(qlazy.load_quantized(source, device_map="cpu", local_files_only=True, **options))
+        model = qlazy.load_quantized(source, device_map="cpu", local_files_only=True, **options)
+        if compiled:
+            from qlazy.compiled import compile_decoding
+
+            compile_decoding(model)
+        return TorchModel(model)
 
     return load
 
@@ -137,6 +142,12 @@ _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double
 CONTENDERS: dict[str, Contender] = {
     "qlazy-int4": Contender(title="qlazy int4", load=_qlazy(bits=4), imports=_QLAZY),
     "qlazy-int8": Contender(title="qlazy int8", load=_qlazy(bits=8), imports=_QLAZY),
+    "qlazy-int4-compiled": Contender(
+        title="qlazy int4, --compile", load=_qlazy(bits=4, compiled=True), imports=(*_QLAZY, "qlazy.compiled")
+    ),
+    "qlazy-int8-compiled": Contender(
+        title="qlazy int8, --compile", load=_qlazy(bits=8, compiled=True), imports=(*_QLAZY, "qlazy.compiled")
+    ),
     "qlazy-nf4": Contender(title="qlazy NF4", load=_qlazy(format="nf4"), imports=_QLAZY),
     "qlazy-shipped": Contender(
         title="qlazy int4, from the file as shipped", load=_qlazy("shipped", bits=4), imports=_QLAZY, gguf="shipped"

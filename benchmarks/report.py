@@ -104,6 +104,23 @@ def _memory_over_promise(contender: str) -> Callable[[Figures], float]:
     return ratio
 
 
+def _decode_goals(bits: str, kind: str) -> list[Goal]:
+    """Against both builds of llama.cpp and the memory, plain and through `--compile`."""
+    against = {
+        f"llama.cpp {kind.upper()} without AMX": f"llamacpp-{kind}-noamx",
+        f"llama.cpp {kind.upper()}": f"llamacpp-{kind}",
+    }
+    found = []
+    for ours, how in ((f"qlazy-{bits}", ""), (f"qlazy-{bits}-compiled", " compiled")):
+        found += [
+            Goal(text=f"decode, {bits}{how} / {title}", value=_ratio("decode", ours, peer), at_least=1)
+            for title, peer in against.items()
+        ]
+        text = f"decode, {bits}{how}: weights read / read bandwidth"
+        found.append(Goal(text=text, value=_of_bandwidth(ours), at_least=0.7))
+    return found
+
+
 GOALS = (
     Goal(text="load, int4 / bitsandbytes NF4", value=_ratio("load_s", "qlazy-int4", "bnb-nf4"), at_most=0.1),
     Goal(text="load, int8 / bitsandbytes int8", value=_ratio("load_s", "qlazy-int8", "bnb-int8"), at_most=0.125),
@@ -112,11 +129,13 @@ GOALS = (
     Goal(text="highest anonymous peak / (weights + ring + 64 MiB), int4", value=_memory_over_promise("qlazy-int4"), at_most=1),
     Goal(text="the same, int8", value=_memory_over_promise("qlazy-int8"), at_most=1),
     Goal(text="the same, NF4", value=_memory_over_promise("qlazy-nf4"), at_most=1),
-    Goal(text="decode, int4 / llama.cpp Q4_0", value=_ratio("decode", "qlazy-int4", "llamacpp-q4_0"), at_least=1),
-    Goal(text="decode, int8 / llama.cpp Q8_0", value=_ratio("decode", "qlazy-int8", "llamacpp-q8_0"), at_least=1),
-    Goal(text="decode, int4: weights read / read bandwidth", value=_of_bandwidth("qlazy-int4"), at_least=0.7),
-    Goal(text="decode, int8: weights read / read bandwidth", value=_of_bandwidth("qlazy-int8"), at_least=0.7),
-    Goal(text="prompt of 512, int4 / llama.cpp Q4_0", value=_ratio("prefill_512", "qlazy-int4", "llamacpp-q4_0"), at_least=2),
+    *(goal for bits, kind in (("int4", "q4_0"), ("int8", "q8_0")) for goal in _decode_goals(bits, kind)),
+    Goal(
+        text="prompt of 512, int4 / llama.cpp Q4_0 without AMX",
+        value=_ratio("prefill_512", "qlazy-int4", "llamacpp-q4_0-noamx"),
+        at_least=2,
+    ),
+    Goal(text="the same, with AMX", value=_ratio("prefill_512", "qlazy-int4", "llamacpp-q4_0"), at_least=2),
     Goal(text="prompt of 512, int4 / bfloat16", value=_ratio("prefill_512", "qlazy-int4", "bf16"), at_least=0.6),
 )
 """What the engine must show on the 1.1B shape with a warm cache."""

@@ -36,7 +36,7 @@ PROBES = ("cat", "bandwidth", "quantizers")
 """What is measured beside the contenders: reading the files, reading memory, quantizing from memory."""
 
 QUICK = ("cat", "bandwidth", "quantizers", "qlazy-int4", "qlazy-int8", "qlazy-nf4", "bnb-nf4", "bnb-int8")
-FEWER = ("quanto-int4", "quanto-int8", "torchao-int8", "llamacpp-q4_k_m", "llamacpp-q4_0-noamx", "llamacpp-q8_0-noamx")
+FEWER = ("quanto-int4", "quanto-int8", "torchao-int8", "llamacpp-q4_k_m")
 """Run in the first `FEWER_ROUNDS` rounds alone: no goal is measured by them, and some take long."""
 
 FEWER_ROUNDS = 3
