@@ -8,13 +8,15 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PROMPT ?= What is the capital of France?
 # For `make bench`: --resume goes on with a run that was cut off, --only NAME measures one contender.
 BENCH_FLAGS ?=
+# For `make test-gpu`: -x, -k WORDS.
+TEST_FLAGS ?=
 
 # One environment for the peers and qlazy, so that all use the same PyTorch.
 BENCH := .venv-bench
 BENCH_PIP := $(BENCH)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-gpu bench bench-quick bench-scaling bench-more docs build clean
+.PHONY: help setup demo test lint format test-gpu bench bench-gpu bench-quick bench-scaling bench-more docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -80,8 +82,14 @@ format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Of pytest's plugins it may find none, or others than ours, and libraries of other versions warn of other things.
 test-gpu: ## tests that need a CUDA device, with the python that is there and from the checkout: installs nothing
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu tests/gpu
+	@$(PYTHON) -c "import pytest" || { echo "$(PYTHON) has no pytest. Type: $(PYTHON) -m pip install pytest" >&2; exit 2; }
+	PYTHONPATH=.:kernels $(PYTHON) -m pytest -o addopts= -o filterwarnings=default -p no:cacheprovider --import-mode=importlib \
+		-m gpu $(TEST_FLAGS) tests/gpu
+
+bench-gpu: ## kernels, load and decoding on a CUDA device, likewise: installs nothing, under eight minutes; needs 17 GB of disk
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py $(BENCH_FLAGS)
 
 bench: $(BENCH)/.installed $(BENCH)/.llama-cpp $(BENCH)/llama-without-amx ## qlazy beside its peers: 1.1B, then the demo model with its answers
 	$(BENCH)/bin/python benchmarks/run.py --model 1.1b $(BENCH_FLAGS)

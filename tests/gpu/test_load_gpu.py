@@ -158,8 +158,8 @@ def test_logits_are_those_of_the_host(small, options):
         theirs = on_host(input_ids=prompt()["input_ids"].cpu()).logits
         ours = on_gpu(input_ids=prompt()["input_ids"]).logits.cpu()
         one = on_gpu(input_ids=prompt()["input_ids"][:, :1]).logits.cpu()
-    assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
-    assert (one - theirs[:, :1]).abs().max() <= 2e-3 * theirs.abs().max()
+    assert (ours - theirs).abs().max() <= 5e-3 * theirs.abs().max()
+    assert (one - theirs[:, :1]).abs().max() <= 5e-3 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8}, {"format": "nf4"}], ids=["int4", "int8", "nf4"])
