@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, GptOssForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qlazy
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, QlazyError, UnsupportedModel
@@ -140,6 +141,40 @@ def test_experts_too(checkpoint, tmp_path, method):
     options = {"dtype": "bfloat16", "device_map": "cpu"}
     assert sum(isinstance(info, PackedTensor) for info in open_source(packed).tensors.values()) == 2 * (4 + 4 * 3)
     assert_same(qlazy.load_quantized(packed, **options), qlazy.load_quantized(plain, **options))
+
+
+@pytest.mark.parametrize("kept", [None, ["experts"]], ids=["int4", "16 bits"])
+def test_experts_in_mxfp4_as_gpt_oss_has_them(tmp_path, kept):
+    config = GptOssConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / "values")
+    tensors = load_file(tmp_path / "values" / "model.safetensors")
+    stored = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = stored.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 123, (experts, rows, columns // 32), dtype=torch.uint8)
+        tensors[name] = convert_moe_packed_tensors(blocks, scales)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    said = json.loads((tmp_path / "values" / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "mxfp4").mkdir()
+    (tmp_path / "mxfp4" / "config.json").write_text(json.dumps(said))
+    save_file(stored, tmp_path / "mxfp4" / "model.safetensors")
+    save_file(tensors, tmp_path / "values" / "model.safetensors", metadata={"format": "pt"})
+    options = {"device_map": "cpu", "modules_to_not_convert": kept}
+    model = qlazy.load_quantized(tmp_path / "mxfp4", **options)
+    assert_same(model, qlazy.load_quantized(tmp_path / "values", **options))
+    formats = {t.name: t.format for t in model.qlazy_report.plan.tensors if t.kind == "experts"}
+    assert len(formats) == 4 and all((fmt is None) == bool(kept) for fmt in formats.values())
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,17 +70,17 @@ def saved(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return tmp_path / "model.safetensors"
 
 
+@pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
 @pytest.mark.parametrize("block", [(128, 128), (64, 32), None])
-def test_fp8_is_what_transformers_makes_of_it(tmp_path, block):
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+def test_fp8_as_transformers_writes_it_is_what_transformers_makes_of_it(tmp_path, block, scale_fmt):
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
-    weight = (torch.randn(256, 384) * 3).to(torch.float8_e4m3fn)
-    grid = (256 // block[0], 384 // block[1]) if block else ()
-    scale = torch.rand(grid) + 0.01
-    path = saved(tmp_path, {"a.weight": weight, "a.weight_scale_inv": scale, "a.activation_scale": torch.tensor(1.0)})
-    config = {"quant_method": "fp8", "weight_block_size": list(block) if block else None}
-    grid_of_one = scale.view(1, 1) if block is None else scale
-    reference = Fp8Dequantize(None)._dequantize_one(weight, grid_of_one, output_dtype=torch.bfloat16)
+    config = {"quant_method": "fp8", "weight_block_size": list(block) if block else None, "scale_fmt": scale_fmt}
+    quantizer = SimpleNamespace(quantization_config=SimpleNamespace(**config))
+    made = Fp8Quantize(quantizer).convert({"a.weight": torch.randn(256, 384).bfloat16()})
+    assert made["a.weight"].dtype == torch.float8_e4m3fn
+    path = saved(tmp_path, made | {"a.activation_scale": torch.tensor(1.0)})
+    reference = Fp8Dequantize(quantizer)._dequantize_one(*made.values(), output_dtype=torch.bfloat16)
     assert_equal(joined(path, config)["a.weight"], reference)
 
 
