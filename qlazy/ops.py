@@ -107,13 +107,26 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
     Memory: the result, and for many tokens a scratch of 4 MiB, on a GPU 64 MiB.
     """
+    few = _few_tokens(x, weight, bias)
+    return product_by_blocks(x, weight, bias) if few is None else few
+
+
+def product_by_blocks(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """The product with blocks of dequantized rows, as `product` has it for many tokens.
+
+    Args:
+        x: (..., K).
+        weight: On the same device.
+        bias: (N,), or None.
+
+    Returns:
+        (..., N) in the dtype of `x`.
+
+    Memory: the result, and a scratch of 4 MiB, on a GPU 64 MiB.
+    """
     rows, columns = weight.shape
-    tokens = x.numel() // columns
-    few = _few_tokens(x, weight, bias, tokens)
-    if few is not None:
-        return few
     x_MK = x.reshape(-1, columns)
-    y_MN = x.new_empty(tokens, rows)
+    y_MN = x.new_empty(x_MK.shape[0], rows)
     for start, stop, block in row_blocks(weight, x.dtype):
         if x.is_cuda:
             torch.mm(x_MK, block.t(), out=y_MN[:, start:stop])
@@ -124,12 +137,13 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return y_MN.view(*x.shape[:-1], rows)
 
 
-def _few_tokens(x: Tensor, weight: Weight, bias: Tensor | None, tokens: int) -> Tensor | None:
+def _few_tokens(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
     """The product by kernels that unpack nothing to memory; None where there is none, or blocks of rows are faster."""
     if gpu.has_kernels(x):
         from qlazy import triton_products
 
         return triton_products.linear(x, weight, bias)
+    tokens = x.numel() // weight.shape[1]
     return native_product.linear(x, weight, bias) if 0 < tokens <= FEW_TOKENS[weight.kind] else None
 
 

@@ -50,16 +50,35 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
     if tokens == 0 or x.dtype not in FLOATS:
         return None
     kernel, tile = _choice(_device_name(x.device), weight.kind, tokens, rows, columns)
+    return run(kernel, tile, x, weight, bias)
+
+
+def run(kernel: str, tile: Tile | None, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
+    """The product by one kernel.
+
+    Args:
+        kernel: As a table names it.
+        tile: How it cuts its work; None = by number of tokens.
+        x: (..., K) in float16, bfloat16 or float32, at least one token.
+        weight: On the same device.
+        bias: (N,), or None.
+
+    Returns:
+        (..., N) in the dtype of `x`; None where that kernel does not take this weight.
+
+    Memory: as `linear`.
+    """
+    rows, columns = weight.shape
+    aligned = weight.packed.data_ptr() % 4 == 0
     if kernel == "bitsandbytes":
         return _by_bitsandbytes(x, weight, bias)
     if kernel == "gemv" and weight.kind == INT4:
         return gemv_int4(x, weight.packed, weight.scale, weight.zero, bias, tile=tile)
-    if kernel == "gemv" and weight.kind == INT8 and weight.group_size % 4 == 0 and weight.packed.data_ptr() % 4 == 0:
+    if kernel == "gemv" and weight.kind == INT8 and weight.group_size % 4 == 0 and aligned:
         return gemv_int8(x, weight.packed, weight.scale, bias, tile=tile)
-    if kernel == "gemv" and weight.kind == CODEBOOK4 and columns % BNB_BLOCK == 0 and weight.packed.data_ptr() % 4 == 0:
+    if kernel == "gemv" and weight.kind == CODEBOOK4 and columns % BNB_BLOCK == 0 and aligned:
         return gemv_codebook4(x, *_codebook4(weight), bias, rows=rows, tile=tile)
-    # A tile in float32 may be more than the shared memory of a block holds.
-    if kernel == "gemm" and x.dtype != torch.float32:
+    if kernel == "gemm" and weight.kind != CODEBOOK4 and x.dtype != torch.float32:  # whose tiles take too much shared memory
         if weight.kind == INT4:
             return gemm_int4(x, weight.packed, weight.scale, weight.zero, bias, tile=tile)
         return gemm_int8(x, weight.packed, weight.scale, bias, tile=tile)

@@ -88,7 +88,7 @@ def read_table(file: Path) -> dict[str, Any]:
     try:
         table: Any = json.loads(file.read_text(encoding="utf-8"))
         wrong = _first_fault(table)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         wrong = f"{type(error).__name__}: {error}"
     if wrong:
         raise UsageError(f"{file} is no table of kernels: {wrong}.", hint="Delete it, or write it anew with `qlazy tune`.")

@@ -37,11 +37,13 @@ VARIABLES = (
     "NO_COLOR",
     "CC",
     "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
     "QLAZY_NATIVE",
+    "QLAZY_TRITON",
     "QLAZY_DEBUG",
 )
 """Environment variables that change what qlazy does; QLAZY_NATIVE=0 quantizes and multiplies without the C compiler,
-QLAZY_DEBUG=1 adds a traceback to errors."""
+QLAZY_TRITON=0 on a GPU without the Triton kernels, QLAZY_DEBUG=1 adds a traceback to errors."""
 
 SECRETS = ("HF_TOKEN",)
 """Variables whose values are never shown."""
