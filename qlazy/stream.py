@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qlazy.errors import CorruptCheckpoint
+from qlazy.decode import decode, decoded_bytes
 from qlazy.files import MARGIN, Files, Slot, make_ring
 from qlazy.fill import Fill, bytes_of_rows, row_count
 from qlazy.memory import trim_heap
@@ -305,37 +305,6 @@ def take_turns(lanes: Sequence[Iterator[T]]) -> Iterator[T]:
                 left.remove(lane)
 
 
-def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
-    """Stored bytes to a tensor.
-
-    Args:
-        data: uint8 (bytes,).
-        info: What the bytes are.
-        rows: How many rows of `info` they hold; of more than two dimensions all but the last count as rows.
-    Returns:
-        A view of `data` in the stored dtype; for GGUF's block types a new float32 tensor.
-    Raises:
-        CorruptCheckpoint: a GGUF block type that cannot be decoded.
-
-    Memory: a view, or four bytes for each element.
-    """
-    shape = (rows, *info.shape[-1:]) if len(info.shape) > 1 else (rows,) * len(info.shape)
-    dtype = getattr(torch, info.dtype, None)
-    if isinstance(dtype, torch.dtype):
-        # Nothing obliges a file to begin its tensors on a multiple of their element.
-        aligned = data if data.storage_offset() % dtype.itemsize == 0 else data.clone()
-        return aligned.view(dtype).view(shape)
-    import gguf
-
-    try:
-        values = gguf.dequantize(data.numpy().reshape(rows, -1), gguf.GGMLQuantizationType[info.dtype])
-    except (KeyError, NotImplementedError, ValueError) as error:
-        raise CorruptCheckpoint(
-            f"{info.path.name}: tensor {info.name!r} has type {info.dtype}, which cannot be decoded."
-        ) from error
-    return torch.from_numpy(values).view(shape)
-
-
 def _adjoins(run: list[Chunk], chunk: Chunk, limit: int) -> bool:
     """Whether a chunk follows closely on a run of them, and all fit in one read."""
     last = run[-1]
@@ -345,11 +314,10 @@ def _adjoins(run: list[Chunk], chunk: Chunk, limit: int) -> bool:
 
 
 def _row_cost(info: TensorInfo) -> int:
-    """Bytes that one row takes while it is read: as stored, or about 24 an element while a GGUF block type is decoded."""
+    """Bytes that one row takes while it is read: as stored, or while a GGUF block type is decoded."""
     if isinstance(info, PackedTensor):
         return sliced_bytes(info, row_count(info.shape)) // max(1, row_count(info.shape)) + 1
-    decoded = 0 if isinstance(getattr(torch, info.dtype, None), torch.dtype) else 24
-    return max(info.nbytes, decoded * math.prod(info.shape)) // max(1, row_count(info.shape))
+    return max(info.nbytes, decoded_bytes(info.dtype) * math.prod(info.shape)) // max(1, row_count(info.shape))
 
 
 def _stripe(fill: Fill) -> int:

@@ -27,7 +27,7 @@ from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.fill import Fill, row_count
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.source import TensorInfo
-from qlazy.stream import GAP_BYTES, Chunk, Stream, decode, merge, plan_chunks, slot_bytes, worker_count
+from qlazy.stream import GAP_BYTES, Chunk, Stream, merge, plan_chunks, slot_bytes, worker_count
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8"}
 
@@ -259,28 +259,6 @@ def test_leaving_early_is_no_error(folder):
 def test_nothing_to_read():
     made, stream = collect([], 2)
     assert made == {} and stream.bytes_done == 0
-
-
-def test_decode_is_a_view():
-    data = torch.arange(32, dtype=torch.uint8)
-    info = TensorInfo(name="w", shape=(8, 2), dtype="bfloat16", path=Path("x"), offset=0, nbytes=32)
-    made = decode(data, info, 8)
-    assert made.data_ptr() == data.data_ptr() and made.shape == (8, 2) and made.dtype == torch.bfloat16
-
-
-def test_decode_of_gguf_blocks_is_that_of_gguf():
-    import gguf
-    import numpy as np
-
-    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    for kind in ("Q4_1", "Q8_0"):
-        packed = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
-        info = TensorInfo(name="w", shape=(4, 64), dtype=kind, path=Path("x"), offset=0, nbytes=packed.nbytes)
-        made = decode(torch.from_numpy(packed.reshape(-1).copy()), info, 4)
-        assert np.array_equal(made.numpy(), gguf.dequantize(packed, gguf.GGMLQuantizationType[kind]))
-    unknown = TensorInfo(name="w", shape=(4, 64), dtype="Q9_9", path=Path("x.gguf"), offset=0, nbytes=8)
-    with pytest.raises(CorruptCheckpoint, match=r"x\.gguf: tensor 'w' has type Q9_9"):
-        decode(torch.zeros(8, dtype=torch.uint8), unknown, 4)
 
 
 PAGE = mmap.PAGESIZE
