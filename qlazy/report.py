@@ -53,8 +53,8 @@ class LoadReport:
     """Tensors of the model that were filled."""
 
     def __str__(self) -> str:
-        """The report as a person reads it: planned against measured bytes, and seconds by stage."""
-        return f"{measured_table(self)}\n{timings(self)}"
+        """The report as a person reads it: what is quantized and what not and why, planned against measured bytes, seconds."""
+        return f"{plan_summary(self.plan)}\n{measured_table(self)}\n{timings(self)}"
 
 
 def plan_table(plan: Plan, names: Mapping[str, str] | None = None) -> str:

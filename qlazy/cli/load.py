@@ -15,7 +15,7 @@ from qlazy.cli.plan import draw_up, plan_only, text
 from qlazy.errors import UsageError
 from qlazy.plan import require_fit
 from qlazy.plot import draw_load, require_plot, save_figure
-from qlazy.report import LoadReport, measured_table, report_to_json, timings
+from qlazy.report import LoadReport, report_to_json
 from qlazy.trace import Trace, span
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def load(
         taken.write()
     if picture is not None:
         save_figure(draw_load(report), picture)
-    options.say(f"{verified(loaded)}\n{measured_table(report)}\n{timings(report)}{remarks(report)}")
+    options.say(f"{verified(loaded)}\n{report}{remarks(report)}")
     said = (
         loaded.answer([{"role": "user", "content": prompt}] if loaded.chats else prompt, max_new_tokens=32) if prompt else None
     )

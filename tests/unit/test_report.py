@@ -174,7 +174,7 @@ def test_timings_have_the_rate_of_reading(report):
 
 
 def test_str_is_both(report):
-    assert str(report) == f"{measured_table(report)}\n{timings(report)}"
+    assert str(report) == f"{plan_summary(report.plan)}\n{measured_table(report)}\n{timings(report)}"
 
 
 def test_json_round_trips(report):
