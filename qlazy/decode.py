@@ -78,21 +78,25 @@ def _halves(part: Tensor) -> Tensor:
     return part.contiguous().view(torch.float16).float()
 
 
-def _nibbles(packed: Tensor, out: Tensor) -> None:
-    """The low halves of all bytes of a group, then the high ones: (n, groups, bytes) to (n, groups * 2 * bytes)."""
-    pairs = out.view(packed.shape[0], -1, 2, packed.shape[-1])
-    pairs[:, :, 0] = packed & 15
-    pairs[:, :, 1] = packed >> 4
+def _bits(packed: Tensor, groups: int, shifts: tuple[int, ...], mask: int) -> Tensor:
+    """The same bits of all bytes of a group, then the next ones: (n, bytes) to uint8 (n, groups, shifts, bytes of a group).
+
+    Eight bytes at a time: what is shifted in from the next byte the mask takes away.
+    """
+    words = packed.clone(memory_format=torch.contiguous_format).view(torch.int64).view(packed.shape[0], groups, -1)
+    each = int.from_bytes(bytes([mask] * 8), "little", signed=True)
+    found = torch.empty(words.shape[0], groups, len(shifts), words.shape[2], dtype=torch.int64)
+    for number, shift in enumerate(shifts):
+        torch.bitwise_and(words >> shift if shift else words, each, out=found[:, :, number])
+    return found.view(torch.uint8)
 
 
 def _q4_0(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(blocks[:, None, 2:], out)
-    out.sub_(8).mul_(_halves(blocks[:, :2]))
+    out.copy_(_bits(blocks[:, 2:], 1, (0, 4), 15).view(-1, 32)).sub_(8).mul_(_halves(blocks[:, :2]))
 
 
 def _q4_1(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(blocks[:, None, 4:], out)
-    out.mul_(_halves(blocks[:, :2])).add_(_halves(blocks[:, 2:4]))
+    out.copy_(_bits(blocks[:, 4:], 1, (0, 4), 15).view(-1, 32)).mul_(_halves(blocks[:, :2])).add_(_halves(blocks[:, 2:4]))
 
 
 def _q8_0(blocks: Tensor, out: Tensor) -> None:
@@ -100,23 +104,23 @@ def _q8_0(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q4_k(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(blocks[:, 16:].view(-1, 4, 32), out)
+    out.copy_(_bits(blocks[:, 16:], 4, (0, 4), 15).view(-1, 256))
     _scale_and_shift(blocks, out)
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(blocks[:, 48:].view(-1, 4, 32), out)
-    high = (blocks[:, None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None]).bitwise_and_(1).bitwise_left_shift_(4)
-    out.view(-1, 8, 32).add_(high)
+    high = _bits(blocks[:, 16:48], 1, tuple(range(8)), 1).view(torch.int64) << 4
+    low = _bits(blocks[:, 48:], 4, (0, 4), 15).view(torch.int64)
+    out.copy_((low.view(-1, 32) | high.view(-1, 32)).view(torch.uint8).view(-1, 256))
     _scale_and_shift(blocks, out)
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
-    low, high = blocks[:, :128].view(-1, 2, 64), blocks[:, 128:192].view(-1, 2, 1, 32)
-    codes = torch.stack((low & 15, low >> 4), dim=2).view(-1, 2, 4, 32)
-    codes |= (high >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]).bitwise_and_(3).bitwise_left_shift_(4)
+    low = _bits(blocks[:, :128], 2, (0, 4), 15).view(torch.int64)
+    high = _bits(blocks[:, 128:192], 2, (0, 2, 4, 6), 3).view(torch.int64) << 4
     scale = blocks[:, 192:208].view(torch.int8).float().mul_(_halves(blocks[:, 208:]))
-    out.copy_(codes.view(-1, 256)).sub_(32).view(-1, 16, 16).mul_(scale[:, :, None])
+    out.copy_((low.view(-1, 32) | high.view(-1, 32)).view(torch.uint8).view(-1, 256)).sub_(32)
+    out.view(-1, 16, 16).mul_(scale[:, :, None])
 
 
 def _scale_and_shift(blocks: Tensor, out: Tensor) -> None:
