@@ -34,6 +34,7 @@ from qlazy.reopen import reopen
 from qlazy.report import LoadReport, Progress
 from qlazy.source import Source
 from qlazy.staging import open_gpus
+from qlazy.storage import taken_ahead
 from qlazy.stream import CACHED_BYTES, Stream, worker_count
 from qlazy.swap import swap_layers
 from qlazy.trace import Trace
@@ -102,11 +103,12 @@ def load(
             open_gpus(gpus)
             meter.restart()
         clock.lap("plan")
-        model = build_placeholder(source, getattr(torch, plan.dtype), **construct)
-        match = match_tensors(model, source, strict=strict) if reference is None else match_drawn(model, source, reference)
-        plan = swap_layers(model, plan, match, source)
-        clock.lap("build")
-        placer = Placer(model, plan)
+        with taken_ahead(plan):
+            model = build_placeholder(source, getattr(torch, plan.dtype), **construct)
+            match = match_tensors(model, source, strict=strict) if reference is None else match_drawn(model, source, reference)
+            plan = swap_layers(model, plan, match, source)
+            clock.lap("build")
+            placer = Placer(model, plan)
         place = placer.place if trace is None else trace.placing(placer.place, plan)
         chunk_bytes, ring_bytes = (GPU_CHUNK_BYTES, GPU_RING_BYTES) if gpus else (CACHED_BYTES, RING_BYTES)
         workers = worker_count(match.fills, chunk_bytes, ring_bytes)

@@ -42,6 +42,7 @@ SIGNATURES = {
     "qlazy_quantize_int8": (_A,),
     "qlazy_quantize_codebook4": (_A,),
     "qlazy_is_finite": (_A, _I, _I),
+    "qlazy_populate": (_A, _A, _I, _A),
     "qlazy_linear": (ctypes.c_char_p,),
     "qlazy_dequantize": (ctypes.c_char_p,),
 }

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from qlazy.formats import Format
 from qlazy.gather import gather_rows
 from qlazy.layers import LAYERS
-from qlazy.quant_linear import QUANTIZED_ELEMENTS, ROW_BLOCK, QuantLinear, allocate
+from qlazy.quant_linear import QUANTIZED_ELEMENTS, ROW_BLOCK, QuantLinear
 from qlazy.stacks import Stack
+from qlazy.storage import allocate
 
 
 class PackedStack(nn.Module):

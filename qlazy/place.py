@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from qlazy.errors import CorruptCheckpoint
 from qlazy.fill import Fill, row_count
 from qlazy.plan import GPU_CHUNK_BYTES, Plan
-from qlazy.quant_linear import ROW_BLOCK, NonFiniteError, QuantLinear, allocate, require_finite
+from qlazy.quant_linear import ROW_BLOCK, NonFiniteError, QuantLinear, require_finite
 from qlazy.quant_weight import QuantWeight
 from qlazy.staging import DeviceQueue
+from qlazy.storage import allocate
 from qlazy.stream import Chunk
 
 

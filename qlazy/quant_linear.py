@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from qlazy import ops
 from qlazy.formats import Format
-from qlazy.memory import use_huge_pages
 from qlazy.native_product import Weight
 from qlazy.quantize import is_finite
+from qlazy.storage import allocate
 
 ROW_BLOCK = 64
 """Rows that every packed layout keeps together."""
@@ -228,24 +228,6 @@ class QuantLinear(nn.Module):
         """See `__getstate__`."""
         self.__dict__.update(state)
         self._lock = threading.Lock()
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A tensor that is not filled yet, on large pages of the host's memory where there are some.
-
-    Args:
-        shape: Its shape.
-        dtype: Its dtype.
-        device: Where.
-    Returns:
-        The tensor.
-
-    Memory: its bytes, taken as they are filled.
-    """
-    made = torch.empty(shape, dtype=dtype, device=device)
-    if made.device.type == "cpu":
-        use_huge_pages(made.data_ptr(), made.nbytes)
-    return made
 
 
 class NonFiniteError(ValueError):
