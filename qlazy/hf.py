@@ -22,6 +22,7 @@ from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedMod
 from qlazy.formats import Codebook4, Format, Int4
 from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.recipe import Recipe, make_recipe
+from qlazy.save_model import model_config, model_layout, model_tensors
 from qlazy.swap import entries_of, quant_layer
 
 
@@ -70,7 +71,26 @@ class QlazyConfig(QuantizationConfigMixin):
         self.embedding_bits = embedding_bits
         self.module_bits = module_bits
         self.modules_to_not_convert = modules_to_not_convert
+        self._saved: dict[str, Any] | None = None
         self.recipe()
+
+    def describe(self, layout: dict[str, Any]) -> None:
+        """Say from now on what a folder holds that the model is saved to, and not by which options it was made.
+
+        Args:
+            layout: A `quantization_config` that other libraries read.
+        """
+        self._saved = layout
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` says.
+
+        Returns:
+            The options, or what `describe` was told.
+        """
+        told = super().to_dict()
+        saved = told.pop("_saved", None)
+        return told if saved is None else saved
 
     def recipe(self) -> Recipe:
         """The recipe that these options make.
@@ -132,7 +152,7 @@ class QlazyQuantizer(HfQuantizer):
         self._not_finite: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse what cannot be opened yet.
+        """Refuse what no version of this has written.
 
         Args:
             *args: Unused.
@@ -142,8 +162,8 @@ class QlazyQuantizer(HfQuantizer):
         """
         if self.pre_quantized:
             raise UnsupportedModel(
-                "This folder was saved with quant_method 'qlazy', which this version cannot reopen.",
-                hint="Load the 16-bit model with qlazy.load_quantized.",
+                "This folder says quant_method 'qlazy'; saved models say compressed-tensors or bitsandbytes.",
+                hint="Save the model again with model.save_pretrained or qlazy save.",
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -222,9 +242,24 @@ class QlazyQuantizer(HfQuantizer):
         """Whether `save_pretrained` may write this model.
 
         Returns:
-            False: transformers then refuses with a message, in place of writing a folder that would reopen with random weights.
+            True: what it writes is compressed-tensors' layout, or bitsandbytes' for its codebooks.
         """
-        return False
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes. `qlazy.save_quantized` writes the same, whole or not at all and with a manifest.
+
+        Args:
+            model: The model.
+        Returns:
+            Tensors by name, and nothing more for the files' headers.
+
+        Memory: as `model_tensors`.
+        """
+        layout = model_layout(model)
+        assert isinstance(self.quantization_config, QlazyConfig)
+        self.quantization_config.describe(model_config(layout, model))
+        return model_tensors(layout, model), {}
 
     @property
     def is_compileable(self) -> bool:
@@ -275,7 +310,7 @@ class _Quantize(ConversionOps):
 
 
 def attach_quantizer(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Mark a loaded model as quantized, the way transformers marks its own: it then refuses what would lose the packed weights.
+    """Mark a loaded model as quantized, the way transformers marks its own: `save_pretrained` then writes the packed weights.
 
     Args:
         model: A model with swapped layers.

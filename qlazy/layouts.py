@@ -234,13 +234,13 @@ def _to_bitsandbytes(fmt: Format, held: Mapping[str, Tensor], rows: int, columns
         "dtype": str(dtype).removeprefix("torch."),
         "shape": [rows, columns],
     }
-    stored = {"weight": held["weight_packed"].view(-1, 1), "weight.quant_map": codebook.CODES[fmt.kind]}
+    stored = {"weight": held["weight_packed"].view(-1, 1), "weight.quant_map": codebook.CODES[fmt.kind].clone()}
     if not fmt.double_quant:
         stored["weight.absmax"] = held["absmax"]
     else:
         stored["weight.absmax"] = held["absmax_packed"]
         stored["weight.nested_absmax"] = held["nested_absmax"]
-        stored["weight.nested_quant_map"] = codebook.nested_code()
+        stored["weight.nested_quant_map"] = codebook.nested_code().clone()
         state["nested_blocksize"] = BNB_NESTED_BLOCK
         state["nested_dtype"] = "float32"
         state["nested_offset"] = 0.0 if held["nested_offset"].is_meta else held["nested_offset"].item()

@@ -45,7 +45,7 @@ class _Held:
         if self.layer is None:
             assert self.tensor is not None
             return {self.key: self.tensor}
-        if not _fits(layout, self.layer):
+        if not _fits(layout, self.layer, self.key):
             return {self.key: self.layer.dequantize()}
         path = self.key.removesuffix(".weight")
         return {f"{path}.{name}": tensor for name, tensor in layer_tensors(layout, self.layer).items()}
@@ -162,7 +162,7 @@ def model_tensors(layout: Layout, model: PreTrainedModel) -> dict[str, Tensor]:
         if path not in layers or leaf not in layers[path].storage:
             made[name] = tensor
     for path, layer in layers.items():
-        if _fits(layout, layer):
+        if _fits(layout, layer, path):
             made |= {f"{path}.{name}": tensor for name, tensor in layer_tensors(layout, layer).items()}
         else:
             made[f"{path}.weight"] = layer.dequantize()
@@ -184,10 +184,12 @@ def layer_tensors(layout: Layout, layer: QuantLinear) -> dict[str, Tensor]:
     return to_stored(layout, layer.format, held, layer.out_features, layer.in_features, layer.dtype)
 
 
-def _fits(layout: Layout, layer: QuantLinear) -> bool:
+def _fits(layout: Layout, layer: QuantLinear, warn_of: str = "") -> bool:
+    """Whether a layout can hold a layer; where it cannot, the layer is written in the model's dtype, and a warning says so."""
     reason = misfit(layout, layer.format, layer.out_features, layer.in_features)
-    if reason:
-        warnings.warn(f"A layer {reason}: it is written in {layer.dtype}.".replace("torch.", ""), stacklevel=2)
+    if reason and warn_of:
+        dtype = str(layer.dtype).removeprefix("torch.")
+        warnings.warn(f"{warn_of.removesuffix('.weight')} {reason}: it is written in {dtype}.", stacklevel=2)
     return not reason
 
 

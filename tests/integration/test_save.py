@@ -227,3 +227,41 @@ def test_saved_formats_are_kept_and_others_are_not(save):
     folder = save("llama", bits=8)
     assert qlazy.load_quantized(folder, device_map="cpu").model.layers[0].mlp.up_proj.format.bits == 8
     assert qlazy.load_quantized(folder, device_map="cpu", bits=8).qlazy_report.plan.recipe.format.bits == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"format": "nf4", "head_bits": 16}], ids=str)
+def test_save_pretrained_reopens(checkpoint, tmp_path, options):
+    for loaded in (
+        qlazy.load_quantized(checkpoint("llama"), device_map="cpu", **options),
+        transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint("llama"), dtype=torch.bfloat16, quantization_config=qlazy.QlazyConfig(**options)
+        ),
+    ):
+        folder = tmp_path / type(loaded.hf_quantizer).__name__
+        loaded.save_pretrained(folder, max_shard_size="100KB")
+        reopened = qlazy.load_quantized(folder, device_map="cpu")
+        require_equal(loaded, reopened)
+        assert torch.equal(loaded(**inputs_of("llama")).logits, reopened(**inputs_of("llama")).logits)
+        reopened.save_pretrained(tmp_path / "again")  # views of one map each, and no tensors that are the same
+        require_equal(loaded, qlazy.load_quantized(tmp_path / "again", device_map="cpu"))
+        shutil.rmtree(tmp_path / "again")
+
+
+def test_save_pretrained_opens_in_plain_transformers(checkpoint, tmp_path):
+    loaded = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", dtype="float32")
+    loaded.save_pretrained(tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        expected = theirs(**inputs_of("llama")).logits
+    assert (loaded(**inputs_of("llama")).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_head_in_a_format_that_the_layout_has_no_room_for_is_written_in_16_bits(checkpoint, tmp_path):
+    loaded = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", format="nf4", head_bits=4)
+    with pytest.warns(UserWarning, match="lm_head is int4-g32-asym, .* it is written in bfloat16"):
+        qlazy.save_quantized(loaded, tmp_path / "saved")
+    reopened = qlazy.load_quantized(tmp_path / "saved", device_map="cpu")
+    assert torch.equal(reopened.lm_head.weight, loaded.lm_head.weight)
+    said = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert said["llm_int8_skip_modules"] == ["lm_head"]
