@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qlazy.errors import CorruptCheckpoint
@@ -41,6 +42,12 @@ FORMATS = (
 )
 """What is read of the library's formats."""
 
+MAX_PATTERN = 1000
+"""Longest regular expression of a target that is taken for one."""
+
+Scheme = Mapping[str, Any]
+"""The `weights` of a config group."""
+
 _UNUSED = (
     ".weight_observer",
     ".input_zero_point",
@@ -61,25 +68,23 @@ def join_compressed(tensors: dict[str, TensorInfo], settings: Settings) -> Itera
     Yields:
         The weights.
     """
-    groups = _groups(settings)
+    targets = _targets(settings)
     drop_activation_scales(tensors)
     for name in [name for name in tensors if name.endswith(_UNUSED)]:
         del tensors[name]
     for info in list(tensors.values()):
         base = info.name.rpartition(".")[0]
         if info.name.endswith(".weight_packed"):
-            said = _scheme_of(base, groups, info)
+            said = targets.scheme_of(base, info)
             del tensors[info.name]
             yield _packed(tensors, info, base, said, settings)
         elif info.name.endswith(".weight") and f"{base}.weight_scale" in tensors:
-            said = _scheme_of(base, groups, info)
+            said = targets.scheme_of(base, info)
             del tensors[info.name]
             yield _plain(tensors, info, base, said, settings)
 
 
-def _packed(
-    tensors: dict[str, TensorInfo], info: TensorInfo, base: str, said: Mapping[str, Any], settings: Settings
-) -> PackedTensor:
+def _packed(tensors: dict[str, TensorInfo], info: TensorInfo, base: str, said: Scheme, settings: Settings) -> PackedTensor:
     name = f"{base}.weight"
     scale = take(tensors, f"{base}.weight_scale", of=info)
     if said.get("type") == "float":
@@ -93,8 +98,10 @@ def _packed(
     require(info, dtypes=("int32",))
     bits = _bits(said, info)
     shape = take(tensors, f"{base}.weight_shape", of=info)
-    columns = _columns(info, shape, words, bits, rows)
     group, symmetric = _group(said, info), _symmetric(said, info)
+    # Reading the shape of every weight takes time where there are tens of thousands; groups tell it just as well.
+    by_groups = group > 0 and len(scale.shape) == 2 and -(-scale.shape[1] * group * bits // 32) == words
+    columns = scale.shape[1] * group if by_groups else _columns(info, shape, words, bits, rows)
     groups = _require_scale(scale, rows, columns, group)
     parts = [by_rows("weight", info), _scale_part(scale, rows)]
     zero = tensors.pop(f"{base}.weight_zero_point", None)
@@ -113,9 +120,7 @@ def _packed(
     return pack(name, (rows, columns), scale.dtype, scheme, *parts)
 
 
-def _plain(
-    tensors: dict[str, TensorInfo], info: TensorInfo, base: str, said: Mapping[str, Any], settings: Settings
-) -> PackedTensor:
+def _plain(tensors: dict[str, TensorInfo], info: TensorInfo, base: str, said: Scheme, settings: Settings) -> PackedTensor:
     scale = take(tensors, f"{base}.weight_scale", of=info)
     zero = tensors.pop(f"{base}.weight_zero_point", None)
     if info.dtype in FLOAT8:
@@ -146,8 +151,29 @@ def _plain(
     )
 
 
-def _groups(settings: Settings) -> list[tuple[list[str], Mapping[str, Any]]]:
-    """Targets and scheme of weights, by group."""
+@dataclass(frozen=True, kw_only=True)
+class _Targets:
+    """Which module has which scheme: a name wins over a regular expression, that over a class."""
+
+    names: Mapping[str, Scheme]
+    patterns: Sequence[tuple[re.Pattern[str], Scheme]]
+    others: Sequence[Scheme]
+    """Of classes: which module is of which, headers do not tell. That it is stored in low bits tells that it is meant."""
+
+    def scheme_of(self, base: str, info: TensorInfo) -> Scheme:
+        if base in self.names:
+            return self.names[base]
+        found = next((said for pattern, said in self.patterns if pattern.match(base)), None)
+        if found is not None:
+            return found
+        # A model may have other names for its modules than the files; where there is one scheme that does not matter.
+        every = self.others or [*self.names.values(), *(said for _, said in self.patterns)]
+        if not every or any(said != every[0] for said in every if not self.others):
+            corrupt(info, "belongs to a module that no config group of config.json names")
+        return every[0]
+
+
+def _targets(settings: Settings) -> _Targets:
     config = settings.config
     kind = config.get("format", "pack-quantized")
     sparse = config.get("sparsity_config")
@@ -156,7 +182,8 @@ def _groups(settings: Settings) -> list[tuple[list[str], Mapping[str, Any]]]:
     said = config.get("config_groups")
     if not isinstance(said, Mapping) or not said:
         raise CorruptCheckpoint(f"{settings.where}: quantization_config has no config_groups", hint=FETCH_AGAIN)
-    found = []
+    names: dict[str, Scheme] = {}
+    patterns, others = [], []
     for name, group in said.items():
         targets = group.get("targets") if isinstance(group, Mapping) else None
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
@@ -164,39 +191,33 @@ def _groups(settings: Settings) -> list[tuple[list[str], Mapping[str, Any]]]:
         own = group.get("format") or kind
         if own not in FORMATS:
             settings.unsupported(f"its format is {short(own)}; of compressed-tensors {', '.join(FORMATS)} are read")
-        if isinstance(group.get("weights"), Mapping):
-            found.append((targets, group["weights"]))
-    return found
+        scheme = group.get("weights")
+        for target in targets if isinstance(scheme, Mapping) else []:
+            if target.startswith("re:"):
+                patterns.append((_pattern(target[3:], settings), scheme))
+            elif re.fullmatch(r"[A-Z]\w*", target, re.ASCII):
+                others.append(scheme)
+            else:
+                names.setdefault(target, scheme)
+    return _Targets(names=names, patterns=patterns, others=others)
 
 
-def _scheme_of(base: str, groups: list[tuple[list[str], Mapping[str, Any]]], info: TensorInfo) -> Mapping[str, Any]:
-    """The scheme of a module: a name wins over a regular expression, that over a class."""
-    ranked = [(rank, said) for targets, said in groups for target in targets if (rank := _rank(base, target)) is not None]
-    if not ranked:
-        corrupt(info, "belongs to a module that no config group of config.json names")
-    return min(ranked, key=lambda pair: pair[0])[1]
-
-
-def _rank(base: str, target: str) -> int | None:
-    if target == base:
-        return 0
-    if not target.startswith("re:"):
-        # A class: which module is of which, headers do not tell. That a module is stored in low bits tells that it is meant.
-        return 2 if re.fullmatch(r"[A-Z]\w*", target, re.ASCII) else None
-    pattern = target[3:]
+def _pattern(text: str, settings: Settings) -> re.Pattern[str]:
     try:
-        return 1 if len(pattern) < 1000 and re.match(pattern, base) else None
+        if len(text) < MAX_PATTERN:
+            return re.compile(text)
     except (re.error, RecursionError, OverflowError):
-        return None
+        pass
+    raise CorruptCheckpoint(f"{settings.where}: target {short(text)} is no regular expression", hint=FETCH_AGAIN)
 
 
-def _bits(said: Mapping[str, Any], info: TensorInfo) -> int:
+def _bits(said: Scheme, info: TensorInfo) -> int:
     if said.get("type", "int") != "int":
         corrupt(info, f"holds integers, but config.json says {short(said.get('type'))}")
     return whole_number(said.get("num_bits", 8), f"{info.name}: num_bits in config.json", least=1, most=8)
 
 
-def _group(said: Mapping[str, Any], info: TensorInfo) -> int:
+def _group(said: Scheme, info: TensorInfo) -> int:
     """Columns of a group; -1 = a row, 0 = the tensor."""
     strategy, size = said.get("strategy"), said.get("group_size")
     if strategy == "tensor":
@@ -208,7 +229,7 @@ def _group(said: Mapping[str, Any], info: TensorInfo) -> int:
     return _whole(size, info, "group_size")
 
 
-def _symmetric(said: Mapping[str, Any], info: TensorInfo) -> bool:
+def _symmetric(said: Scheme, info: TensorInfo) -> bool:
     symmetric = said.get("symmetric", True)
     if not isinstance(symmetric, bool):
         corrupt(info, f"has symmetric {short(symmetric)} in config.json")

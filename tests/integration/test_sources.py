@@ -255,7 +255,7 @@ Q = "model.layers.0.self_attn.q_proj"
         ("compressed-tensors", lambda t, c: c.update(format="sparse-24-bitmask"), UnsupportedModel, "sparse-24-bitmask"),
         ("compressed-tensors", lambda t, c: c.pop("config_groups"), CorruptCheckpoint, "no config_groups"),
         ("compressed-tensors", lambda t, c: t.pop(f"{Q}.weight_zero_point"), IncompleteCheckpoint, "weight_zero_point"),
-        ("compressed-tensors", lambda t, c: t[f"{Q}.weight_shape"].fill_(1 << 40), CorruptCheckpoint, "rows of"),
+        ("compressed-tensors", lambda t, c: t.update({f"{Q}.weight_scale": torch.ones(7, 4)}), CorruptCheckpoint, "has shape"),
         (
             "compressed-tensors",
             lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=10**30),
@@ -264,7 +264,7 @@ Q = "model.layers.0.self_attn.q_proj"
         ),
         (
             "compressed-tensors",
-            lambda t, c: c["config_groups"]["group_0"].update(targets=["re:nothing"]),
+            lambda t, c: c.update(config_groups={b: {"targets": ["re:no"], "weights": INT4 | {"num_bits": b}} for b in (4, 8)}),
             CorruptCheckpoint,
             "no config group",
         ),

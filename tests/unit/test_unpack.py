@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qlazy.errors import CorruptCheckpoint
 from qlazy.source_float8 import as_stored
 from qlazy.source_packed import PackedTensor
 from qlazy.source_quantized import join_parts
@@ -128,3 +129,44 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
     straight = as_stored(found)
     assert straight.shape == (3, 80, 128)
     assert torch.equal(read_rows(straight, 80, 83), reference[1].t()[:3])
+
+
+def stored_in(case: str) -> tuple[dict[str, torch.Tensor], dict]:
+    with safe_open(next(path for path in FIXTURES if path.stem == case), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if ":" not in name}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["quantization_config"])
+
+
+@pytest.mark.parametrize("shape", [[70, 52], [69, 44], [-70, 44], [70, 1 << 40]])
+def test_a_stored_shape_must_be_one_that_the_words_have(tmp_path, shape):
+    tensors, config = stored_in("ct-int4-channel-sym-odd")
+    name = next(name for name in tensors if name.endswith("weight_shape"))
+    path = saved(tmp_path, tensors | {name: torch.tensor(shape)})
+    with pytest.raises(CorruptCheckpoint, match="weight_shape' says"):
+        joined(path, config)
+
+
+def test_targets_are_names_then_patterns_then_classes(tmp_path):
+    tensors, config = stored_in("ct-int4-g64-sym")
+    good = config["config_groups"]["group_0"]["weights"]
+    bad = good | {"num_bits": 3}
+    name = "model.layers.0.mlp.down_proj"
+    for targets in (
+        [["Linear"], [name]],
+        [["Linear"], ["re:.*down_proj$"]],
+        [["re:.*down_proj$"], [name]],
+        [["Other"], ["re:.*d"]],
+    ):
+        groups = {str(n): {"targets": target, "weights": bad if n == 0 else good} for n, target in enumerate(targets)}
+        path = saved(tmp_path, tensors)
+        (info,) = joined(path, config | {"config_groups": groups}).values()
+        assert info.shape == (96, 128)
+    # Files may have other names than the model: one scheme for all that is named is that of all that is stored so.
+    other = {
+        "a": {"targets": ["re:language_model.*"], "weights": good},
+        "b": {"targets": ["language_model.x"], "weights": good},
+    }
+    (info,) = joined(path, config | {"config_groups": other}).values()
+    assert info.shape == (96, 128)
+    with pytest.raises(CorruptCheckpoint, match="is no regular expression"):
+        joined(path, config | {"config_groups": {"a": {"targets": ["re:("], "weights": good}}})
