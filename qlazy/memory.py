@@ -67,8 +67,10 @@ def cuda_devices() -> dict[str, Gpu]:
     Returns:
         `cuda:0`, `cuda:1`, ... to name and bytes.
     """
-    import pynvml
-
+    try:
+        import pynvml
+    except ImportError:
+        return _cuda_devices_of_torch()
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -84,7 +86,21 @@ def cuda_devices() -> dict[str, Gpu]:
         return {}
     finally:
         pynvml.nvmlShutdown()
+    if len({gpu.name for _, gpu in found}) > 1:
+        # CUDA's own order is fastest first; the driver's is the one that people know, from nvidia-smi.
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return {f"cuda:{i}": gpu for i, gpu in enumerate(_visible(found, os.environ.get("CUDA_VISIBLE_DEVICES")))}
+
+
+def _cuda_devices_of_torch() -> dict[str, Gpu]:
+    """The same from torch, where nvidia-ml-py is not installed: slower, and it starts CUDA on every device."""
+    import torch
+
+    found = {}
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        found[f"cuda:{number}"] = Gpu(name=torch.cuda.get_device_name(number), free_bytes=free, total_bytes=total)
+    return found
 
 
 def anonymous_bytes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from qlazy import memory
 from qlazy.errors import DeviceUnavailable
@@ -59,6 +61,8 @@ class FakeNvml(SimpleNamespace):
 def nvml(monkeypatch):
     """Puts a fake driver in place."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "")  # so that it is put back
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
 
     def install(gpus: int, fails: str = "") -> FakeNvml:
         fake = FakeNvml(gpus, fails)
@@ -105,6 +109,36 @@ def test_devices_are_those_of_the_driver(nvml):
     assert free_bytes("cuda:1") == 101
     with pytest.raises(DeviceUnavailable, match="it has cpu, cuda:0, cuda:1"):
         free_bytes("cuda:2")
+
+
+def test_different_devices_are_numbered_as_the_driver_numbers_them(nvml, monkeypatch):
+    fake = nvml(2)
+    monkeypatch.setattr(fake, "nvmlDeviceGetName", lambda handle: "Card")
+    cuda_devices()
+    assert "CUDA_DEVICE_ORDER" not in os.environ
+    nvml(2)
+    cuda_devices()
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    cuda_devices()
+    assert os.environ["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+
+
+def test_without_its_bindings_torch_is_asked_for_devices(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (100 + number, 1000))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"Card {number}")
+    assert cuda_devices() == {f"cuda:{n}": Gpu(name=f"Card {n}", free_bytes=100 + n, total_bytes=1000) for n in (0, 1)}
+
+
+def test_a_meter_that_starts_over_forgets_what_was():
+    with Meter(interval_s=60) as meter:
+        meter.samples.insert(0, (0.0, 1))
+        meter.watch(lambda: 7)
+        meter.restart()
+        assert len(meter.samples) == 1 and meter.baseline_bytes > 1
+    assert [number for _, number in meter.watched] == [7, 7] and len(meter.samples) == 2
 
 
 def test_hidden_devices_are_renumbered(nvml, monkeypatch):
