@@ -131,25 +131,29 @@ def _gptq(scheme: Gptq, info: PackedTensor, parts: Mapping[str, Tensor], start: 
     zero = _unpack_bits(packed, bits, stop - start)
     if scheme.zero_offset and 32 % bits:
         zero = (zero + 1) & ((1 << bits) - 1)
-    order = parts.get("g_idx")
-    if order is None:
-        order = torch.arange(columns) // (scheme.group_size if scheme.group_size > 0 else columns)
-    group = _checked(order, groups, info)
-    difference = codes.to(torch.int16) - zero.t().to(torch.int16)[:, group]
-    return scale.t()[:, group] * difference
+    size = scheme.group_size if scheme.group_size > 0 else columns
+    in_order, order = torch.arange(columns) // size, parts.get("g_idx")
+    scale, zero, codes = scale.t(), zero.t().view(torch.int8), codes.view(torch.int8)
+    if bits == 8:
+        codes, zero = codes.view(torch.uint8).to(torch.int16), zero.view(torch.uint8).to(torch.int16)
+    if columns == groups * size and (order is None or torch.equal(order.long(), in_order)):
+        difference = codes.view(-1, groups, size) - zero[:, :, None]
+        return difference.to(scale.dtype).mul_(scale[:, :, None]).view(-1, columns)
+    group = _checked(in_order if order is None else order, groups, info)
+    return (codes - zero[:, group]).to(scale.dtype).mul_(scale[:, group])
 
 
 def _awq(scheme: Awq, info: PackedTensor, parts: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
     rows, columns = info.shape
     scale = parts["scale"].view(-1, rows)[:, start:stop]
-    group = torch.arange(columns) // scheme.group_size
     first, last = start // 8, -(-stop // 8)
     shifts = torch.tensor(AWQ_NIBBLES, dtype=torch.int32) * 4
     codes, zero = (
         (parts[role].view(-1, rows // 8)[:, first:last, None] >> shifts).bitwise_and_(15).to(torch.int8).flatten(1)
         for role in ("weight", "zero")
     )
-    return ((codes - zero[group]) * scale[group]).t()
+    difference = codes.view(-1, scheme.group_size, stop - start) - zero[:, None]
+    return difference.to(scale.dtype).mul_(scale[:, None]).view(columns, -1).t()
 
 
 def _bitsandbytes4(scheme: BitsAndBytes4, info: PackedTensor, parts: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
