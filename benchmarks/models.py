@@ -1,10 +1,11 @@
 """Every model type of transformers, tiny and random, through a real load: what is quantized, and what it costs.
 
-    python -m benchmarks.models --out docs/models.md            # all of them, some minutes a hundred
-    python -m benchmarks.models --only mixtral,gpt_oss --json -
+    python -m benchmarks.models --moe --json moe.json           # families with experts, in both forms of checkpoint
+    python -m benchmarks.models --json all.json                 # all of them, some minutes a hundred
+    python -m benchmarks.models --report moe.json all.json --out docs/models.md
 
 For each type and class a tiny random model is saved as a sharded checkpoint and loaded with its experts, heads and embeddings
-in low bits. Three models are compared on the same inputs: ours, the 16-bit one, and the 16-bit one with our dequantized weights.
+in low bits. Three models are compared on the same inputs: ours, the original, and the original with our dequantized weights.
 Each type runs in a process of its own, so that none can spoil another.
 """
 
@@ -16,12 +17,9 @@ import logging
 import math
 import multiprocessing
 import re
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +60,13 @@ def subjects() -> Iterator[tuple[str, str, str]]:
                     yield kind, model_type, name
 
 
-def build(model_type: str, name: str, *, wide_experts: bool = False) -> Any:
+def build(model_type: str, name: str, *, wide_experts: int = 0) -> Any:
     """A tiny random model in float32.
 
     Args:
         model_type: Key of `CONFIG_MAPPING`.
         name: Class.
-        wide_experts: Make experts hold nearly all bytes.
+        wide_experts: 2 makes experts hold nearly all bytes, 1 does less, so that fewer configs refuse it.
     Returns:
         The model in evaluation mode.
     Raises:
@@ -86,16 +84,24 @@ def build(model_type: str, name: str, *, wide_experts: bool = False) -> Any:
         try:
             config = tiny_config(model_type, factor, cls.config_class)
             if wide_experts:
-                widen(config)
-            for part in (config, getattr(config, "text_config", None), getattr(config, "thinker_config", None)):
-                if getattr(part, "is_heterogeneous", False):
-                    part.per_layer_config = None  # of layers that were cut off
+                widen(
+                    config, MOE if wide_experts == 2 else {key: value for key, value in MOE.items() if not _SHAPES.search(key)}
+                )
+            for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+                if getattr(part, "is_heterogeneous", False):  # what layers have of their own: of one that is still there
+                    own, first = (
+                        part._heterogeneity_spec.per_layer_attributes,
+                        min(part._heterogeneity_spec.per_layer_overrides),
+                    )
+                    if getattr(part, "layer_types", None):
+                        part.layer_types = [part.layer_types[0], type(part)().layer_types[first]]
+                    part.per_layer_config = {1: {key: max(1, int(vars(part)[key]) // 2) for key in own}}
             if model_type == "dbrx":
                 config.attn_config.clip_qkv = 8.0
             torch.manual_seed(0)
             with torch.device("meta"):
                 count = sum(p.numel() for p in cls(tiny_config(model_type, factor, cls.config_class)).parameters())
-            if count > 150e6:
+            if count > 40e6:
                 raise RuntimeError(f"{count:,} parameters at the smallest")
             model = cls(config).eval()
             if model._can_set_experts_implementation():
@@ -103,7 +109,7 @@ def build(model_type: str, name: str, *, wide_experts: bool = False) -> Any:
             spread(model)
             return model
         except Exception as error:
-            problem = error
+            problem = problem or error
     raise RuntimeError(f"{type(problem).__name__}: {problem}")
 
 
@@ -147,14 +153,23 @@ MOE: dict[str, Any] = {
 """What makes experts hold nearly all bytes, in whichever words a config has for it."""
 
 
-def widen(config: Any) -> None:
-    """Give experts widths and numbers that make them nearly all of the model."""
+_SHAPES = re.compile(r"head|hidden_size$|d_model|rank|num_experts_per_tok")
+"""Words for shapes outside of experts."""
+
+
+def widen(config: Any, words: dict[str, Any]) -> None:
+    """Give experts widths and numbers that make them nearly all of the model.
+
+    Args:
+        config: Changed in place.
+        words: What to set where the config has it.
+    """
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
     for part in parts:
         values = vars(part)
         if not any("expert" in key or "moe" in key for key in values):
             continue
-        for key, value in MOE.items():
+        for key, value in words.items():
             if key in values:
                 old = values[key]
                 set_one(part, key, [value] * len(old) if isinstance(old, list | tuple) and key != "mlp_only_layers" else value)
@@ -252,9 +267,22 @@ def run(model_type: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     moe = options.pop("moe", False)
+    rows: list[dict[str, Any]] = []
+    for level in (2, 1, 0) if moe else (0,):
+        rows.append(_run(model_type, name, dict(options), level))
+        if rows[-1]["status"] == "loaded" and rows[-1].get("experts"):
+            break
+    return max(rows, key=lambda row: (STATES.index(row["status"]), row.get("experts", 0) > 0, row.get("share", 0.0)))
+
+
+STATES = ("not built", "not saved", "failed", "not called", "loaded")
+"""How far a model came."""
+
+
+def _run(model_type: str, name: str, options: dict[str, Any], level: int) -> dict[str, Any]:
     row: dict[str, Any] = {"model_type": model_type, "class": name}
     try:
-        model = build(model_type, name, wide_experts=moe)
+        model = build(model_type, name, wide_experts=level)
     except Exception as error:
         return row | {"status": "not built", "reason": short(error)}
     wanted = None
@@ -264,7 +292,7 @@ def run(model_type: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
             break
         except Exception as error:
             row.setdefault("reason", short(error))
-    forms = [True, False] if moe else [True]
+    forms = [True, False] if level else [True]
     for original in forms:
         form = "hub" if original else "transformers"
         try:
@@ -348,7 +376,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", default="", help="file for all rows")
     parser.add_argument("--options", default='{"embedding_bits": 8}', help="of load_quantized, as JSON")
+    parser.add_argument("--report", nargs="+", type=Path, help="make a page of rows that were written before")
+    parser.add_argument("--out", type=Path, default=Path("docs/models.md"), help="the page")
     given = parser.parse_args()
+    if given.report:
+        given.out.write_text(page([json.loads(file.read_text()) for file in given.report]))
+        return
     only = set(filter(None, given.only.split(",")))
     if given.moe:
         wanted = [("experts", model_type, name) for model_type, name in moe_subjects()]
@@ -357,13 +390,12 @@ def main() -> None:
     wanted = [s for s in wanted if not only or s[1] in only]
     options = json.loads(given.options) | ({"moe": True} if given.moe else {})
     rows = []
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(given.jobs, mp_context=context, max_tasks_per_child=12)
-    pending = [(s, pool.submit(run, s[1], s[2], dict(options))) for s in wanted]
+    pool = multiprocessing.get_context("spawn").Pool(given.jobs, maxtasksperchild=12)
+    pending = [(s, pool.apply_async(run, (s[1], s[2], dict(options)))) for s in wanted]
     for (kind, model_type, name), future in pending:
         try:
-            row = future.result(timeout=300)
-        except (BrokenProcessPool, TimeoutError) as error:
+            row = future.get(timeout=150)
+        except multiprocessing.TimeoutError as error:
             row = {"model_type": model_type, "class": name, "status": "crashed", "reason": short(error)}
         rows.append({"kind": kind} | row)
         says = [f"{row['share']:.1%}"] if "share" in row else []
@@ -373,7 +405,65 @@ def main() -> None:
         print(kind, model_type, name, row["status"], *says, reason, flush=True)
         if given.json:
             Path(given.json).write_text(json.dumps(rows, indent=1))
-    pool.shutdown(cancel_futures=True)
+    pool.terminate()
+
+
+def page(groups: list[list[dict[str, Any]]]) -> str:
+    """Rows as a page of documentation.
+
+    Args:
+        groups: Rows, of several runs; of a model that is in several of one kind the best counts.
+    Returns:
+        Markdown.
+    """
+    import torch
+    import transformers
+
+    best: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in (row for group in groups for row in group):
+        key = (row["kind"], row["model_type"], row["class"])
+        if key not in best or _rank(row) >= _rank(best[key]):
+            best[key] = row
+    kinds = list(dict.fromkeys(kind for kind, _, _ in best))
+    lines = [
+        "# Models",
+        "",
+        "Generated by `python -m benchmarks.models`: tiny random models of every type, saved as sharded checkpoints and loaded",
+        f"with `embedding_bits=8` by transformers {transformers.__version__} and torch {torch.__version__}.",
+        "",
+        "- *low bits*: share of the stored bytes that become low-bit weights. Tiny models hold more in norms and convolutions",
+        "  than real ones; under *experts* shapes are such that experts are nearly all of the model.",
+        "- *error*: of our logits against those of the original model with our dequantized weights in float32 (norm of the",
+        "  difference over norm). Under *experts* the larger of two: from tensors of each expert, as the hub has them, and from",
+        "  fused ones.",
+        "- *quantization*: the same against the original model. Of random weights, so it says nothing about quality.",
+        "- *plan*: whether the bytes that `qlazy plan` tells from headers are those that the model holds. Where they are only",
+        "  near, they differ by computed buffers and by small tensors that a class keeps in 16 bits, makes or merges.",
+        "",
+    ]
+    for kind in kinds:
+        rows = sorted((row for key, row in best.items() if key[0] == kind), key=lambda row: (row["model_type"], row["class"]))
+        loaded = [row for row in rows if row["status"] == "loaded"]
+        lines += [f"## {kind[0].upper()}{kind[1:]}", "", f"{len(loaded)} of {len(rows)} loaded and compared.", ""]
+        lines += ["| type | class | low bits | error | quantization | plan |", "|---|---|---|---|---|---|"]
+        for row in loaded:
+            errors = [value for key, value in row.items() if key.startswith("error_")]
+            exact = all(row[key] == row["exact_" + key[8:]] for key in row if key.startswith("planned_"))
+            cells = [row["model_type"], f"`{row['class']}`", f"{row['share']:.1%}", f"{max(errors):.0e}"]
+            cells += [f"{row['quantization']:.2f}", "exact" if exact else "near"]
+            lines.append(f"| {' | '.join(cells)} |")
+        others = [row for row in rows if row["status"] != "loaded"]
+        if others:
+            lines += ["", "Not compared:", ""]
+            lines += [
+                f"- {row['model_type']}, `{row['class']}`: {row['status']}; {row.get('reason', '')[:160]}" for row in others
+            ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _rank(row: dict[str, Any]) -> tuple[Any, ...]:
+    return STATES.index(row["status"]) if row["status"] in STATES else -1, row.get("experts", 0) > 0, row.get("share", 0.0)
 
 
 def moe_subjects() -> list[tuple[str, str]]:

@@ -35,7 +35,11 @@ BASE: dict[str, Any] = {
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Lists of experts whose gate and up go straight to their rows, and such whose rows end within a block.
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 4}),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {"num_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "moe_intermediate_size": 48, "num_experts_per_tok": 2},
+    ),
     # Fused, (E, K, N), with biases, gate and up interleaved, and limits.
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     # Fused, (E, K, N), every token through every expert.
@@ -65,7 +69,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def build(family: str) -> PreTrainedModel:
     architecture, config_name, options = FAMILIES[family]
     torch.manual_seed(0)
-    base = {k: v for k, v in BASE.items() if family != "dbrx" or k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+    base = {
+        k: v for k, v in BASE.items() if family != "dbrx" or k in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+    }
     model: PreTrainedModel = getattr(transformers, architecture)(getattr(transformers, config_name)(**(base | options)))
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
@@ -138,7 +144,9 @@ def test_family(family, original, tmp_path):
     assert error(logits(ours), original_logits) < 0.5
 
 
-@pytest.mark.parametrize("options", [{"bits": 8}, {"format": "nf4"}, {"format": "fp4", "double_quant": False}, {"group_size": 64}])
+@pytest.mark.parametrize(
+    "options", [{"bits": 8}, {"format": "nf4"}, {"format": "fp4", "double_quant": False}, {"group_size": 64}]
+)
 def test_every_format(options, tmp_path):
     reference = build("mixtral")
     reference.save_pretrained(tmp_path, max_shard_size="60KB")
@@ -168,7 +176,9 @@ def test_adapters_below_experts_get_their_gradients(tmp_path):
 def test_a_part_of_the_experts_may_keep_its_dtype(tmp_path):
     reference = build("mixtral")
     reference.save_pretrained(tmp_path)
-    ours = qlazy.load_quantized(tmp_path, device_map="cpu", dtype="float32", module_bits={"experts.down_proj": 16, "layers.0": 8})
+    ours = qlazy.load_quantized(
+        tmp_path, device_map="cpu", dtype="float32", module_bits={"experts.down_proj": 16, "layers.0": 8}
+    )
     held = {t.name: t.format for t in ours.qlazy_report.plan.tensors if t.kind == "experts"}  # type: ignore[attr-defined]
     assert {name: fmt for name, fmt in held.items() if "layers.0" in name} == {
         f"model.layers.0.mlp.experts.{p}": Int8() for p in ("gate_up_proj", "down_proj")
