@@ -23,7 +23,7 @@ from qlazy.fill_experts import by_expert, expert_fills, matrix_rows
 from qlazy.match_gguf import match_gguf
 from qlazy.row_map import Piece, pieces_of, rows_by_target
 from qlazy.source import Source, TensorInfo
-from qlazy.source_packed import is_read_whole
+from qlazy.source_packed import read_whole_at_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class Match:
         """Bytes of the largest tensors that are read as a whole, decoded: what a load needs beside its ring."""
         converted = [_decoded_bytes(fill) for fill in self.fills if fill.convert is not None]
         # Twice as much is planned, for what a conversion makes; of these nothing is made but a few rows at a time.
-        packed = [-(-info.nbytes // 2) for fill in self.fills for info in fill.sources if is_read_whole(info)]
-        return max([*converted, *packed], default=0)
+        _, packed = read_whole_at_once(info for fill in self.fills for info in fill.sources)
+        return max([*converted, -(-packed // 2)])
 
 
 def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True) -> Match:

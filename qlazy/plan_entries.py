@@ -15,7 +15,7 @@ from qlazy.plan_data import Entry
 from qlazy.plan_experts import expert_count, is_flat_stack, stack_experts
 from qlazy.recipe import guess_kind
 from qlazy.source import Source, TensorInfo
-from qlazy.source_packed import PackedTensor, is_read_whole
+from qlazy.source_packed import PackedTensor, read_whole_at_once
 from qlazy.source_quantized import METHODS, quant_method, quantization
 
 _MODEL_DTYPES = ("float32", "float16", "bfloat16")
@@ -124,7 +124,7 @@ def conversion_bytes(source: Source) -> int:
     """
     model_type = _model_type(source)
     whole = [_held_bytes(t) for t in source.tensors.values() if _is_conv1d(t.name, model_type)]
-    whole += [-(-t.nbytes // 2) for t in source.tensors.values() if is_read_whole(t)]
+    whole.append(-(-read_whole_at_once(source.tensors.values())[1] // 2))
     for t in source.tensors.values():
         if guess_kind(t.name, t.shape) != "experts":
             continue
@@ -162,8 +162,8 @@ def require_unquantized(source: Source) -> None:
     for t in source.tensors.values():
         if t.dtype.startswith("float8"):
             raise UnsupportedModel(
-                f"{source.model_id} is quantized already: {t.path.name} holds {t.name!r} in {t.dtype}, and its config.json does "
-                "not say how.",
+                f"{source.model_id} is quantized already: {t.path.name} holds {t.name!r} in {t.dtype}, and its config.json "
+                "does not say how.",
                 hint=hint,
             )
 

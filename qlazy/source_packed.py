@@ -10,10 +10,17 @@ it stands for. What is read are the bytes of its parts, and `qlazy/unpack.py` tu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from qlazy.source_safetensors import TensorInfo
+
+WHOLE_BYTES = 64 << 20
+"""Stored bytes of weights that cannot be read by rows, of all that are unpacked at a time; one is, whatever it takes."""
+
+MAX_WHOLE = 16
+"""Most of them at a time: as many as a load has workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,13 +179,15 @@ class PackedTensor(TensorInfo):
         return next((part.stored for part in self.parts if part.role == role), None)
 
 
-def is_read_whole(info: TensorInfo) -> bool:
-    """Whether a tensor is a weight that cannot be read by rows, so that all its stored bytes are held beside the ring.
+def read_whole_at_once(tensors: Iterable[TensorInfo]) -> tuple[int, int]:
+    """How many weights that cannot be read by rows are held beside the ring at a time, as GPTQ's and AWQ's.
 
     Args:
-        info: Any tensor.
+        tensors: All that will be read.
 
     Returns:
-        True for GPTQ and AWQ.
+        The number, and the bytes that as many of the largest take.
     """
-    return isinstance(info, PackedTensor) and info.whole
+    largest = max((info.nbytes for info in tensors if isinstance(info, PackedTensor) and info.whole), default=0)
+    count = min(MAX_WHOLE, max(1, WHOLE_BYTES // max(1, largest)))
+    return count, count * largest

@@ -29,7 +29,7 @@ from qlazy.memory import trim_heap
 from qlazy.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.read_packed import read_whole, sliced_bytes, unpack_pieces
 from qlazy.source import TensorInfo
-from qlazy.source_packed import PackedTensor
+from qlazy.source_packed import PackedTensor, read_whole_at_once
 from qlazy.staging import page_locked
 from qlazy.trace import Trace
 
@@ -113,6 +113,7 @@ class Stream:
         lanes = by_device(self.fills, self.devices)
         self._reads = take_turns([merge(plan_chunks(lane, room), room + MERGED_BYTES) for lane in lanes])
         self._ring = make_ring(self.workers, room + MERGED_BYTES)
+        self._held = threading.Semaphore(read_whole_at_once(fill.sources[0] for fill in self.fills)[0])
         self._locked = contextlib.ExitStack()
         if self.devices:
             self._locked.enter_context(page_locked(self._ring))
@@ -166,8 +167,7 @@ class Stream:
     def _run(self, chunks: tuple[Chunk, ...], slot: Slot) -> None:
         info = chunks[0].fill.sources[0]
         if chunks[0].fill.convert is None and isinstance(info, PackedTensor):
-            # Of what is read as a whole one tensor is held at a time.
-            with self._whole if info.whole else contextlib.nullcontext():
+            with self._held if info.whole else contextlib.nullcontext():
                 self._run_packed(chunks[0], info, slot)
         elif chunks[0].fill.convert is None:
             begin, end = chunks[0].begin, chunks[-1].begin + chunks[-1].nbytes
