@@ -199,7 +199,8 @@ def gemm_variants() -> Iterator[Variant]:
     Yields:
         Variants.
     """
-    from qlazy_kernels.gemm import REDUCE_SIZE, TILES
+    import torch
+    from qlazy_kernels.gemm import REDUCE_SIZE, default_tile
 
     sizes = ("tokens", "rows", "columns", "words", "groups", "steps_per_part")
     for bits, zero, group, tokens, dtype in (
@@ -211,8 +212,9 @@ def gemm_variants() -> Iterator[Variant]:
         (8, False, 0, 16, "bf16"),
         (8, False, 32, 64, "bf16"),
         (8, False, 0, 128, "bf16"),
+        (4, True, 32, 64, "fp32"),
     ):
-        tile = TILES[tokens]
+        tile = default_tile(tokens, torch.float32 if dtype == "fp32" else torch.bfloat16)
         y = "fp32" if tile.split_k > 1 else dtype
         pointers = {"x_MK": dtype, "scale_NG": dtype, "bias_N": dtype, "y_SMN": y, "zero_NG": "i32"}
         pointers["packed_NP"] = "i32" if bits == 4 else "i8"
@@ -321,7 +323,8 @@ def compile_for(variant: Variant, capability: int) -> dict[str, Any]:
 
     Returns:
         `registers`, `spills` (bytes of local memory and stack), `shared` (bytes), `flushing` (arithmetic that takes subnormal
-        numbers for 0), `float64` (instructions), `instructions`, and the loads and stores of global memory by width in bits.
+        numbers for 0), `loose` (arithmetic that is not rounded step by step, where it has to be), `float64` (instructions),
+        `instructions`, and the loads and stores of global memory by width in bits.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -342,6 +345,8 @@ def compile_for(variant: Variant, capability: int) -> dict[str, Any]:
         usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True, stderr=subprocess.DEVNULL)
         code = subprocess.check_output([tools / "nvdisasm", "-c", file.name], text=True, stderr=subprocess.DEVNULL)
     wide = re.findall(r"\.f64\b", compiled.asm["ptx"])
+    # What would not round as plain PyTorch does, where a variant must: a fused multiply-add, a division that is not exact.
+    loose = re.findall(r"\b(?:fma\.rn\.f32|div\.(?:full|approx)\S*|rcp\.approx\S*)", compiled.asm["ptx"])
     flushing = re.findall(r"\b(?:add|sub|mul|fma)\.[a-z.]*ftz\S*", compiled.asm["ptx"])
     used = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
     instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
@@ -350,6 +355,7 @@ def compile_for(variant: Variant, capability: int) -> dict[str, Any]:
         "spills": used["STACK"] + used["LOCAL"],
         "shared": compiled.metadata.shared,
         "flushing": len(flushing),
+        "loose": 0 if variant.options.get("enable_fp_fusion", True) else len(loose),
         "float64": len(wide),
         "instructions": len(instructions),
         "loads": widths(instructions, "LDG", "LDGSTS"),
@@ -391,11 +397,8 @@ def page() -> str:
         for capability, one in made.items():
             assert one["spills"] == 0 and one["registers"] <= 255, (variant.name, capability, one)
             assert one["shared"] <= SHARED_LIMIT[capability], (variant.name, capability, one)
-            assert one["flushing"] == one["float64"] == 0, (
-                variant.name,
-                capability,
-                one,
-            )  # products with few tokens live on subnormal numbers
+            # Products with few tokens live on subnormal numbers, quantizers on plain rounding.
+            assert one["flushing"] == one["float64"] == one["loose"] == 0, (variant.name, capability, one)
         cells = [f"{one['registers']} / {one['shared'] / 1024:.1f}" for one in made.values()]
         at90 = made[90]
         loads, stores = (", ".join(f"{n} x {bits}" for bits, n in at90[k].items()) for k in ("loads", "stores"))
@@ -411,7 +414,8 @@ INTRODUCTION = """# Kernels
 
 Every kernel of `qlazy_kernels`, compiled ahead of time with Triton {triton} for sm_80 (A100), sm_86 (RTX 30), sm_89 (RTX 40),
 sm_90 (H100) and sm_120 (RTX 50), in the tiles that its defaults give. A cell of a generation is registers of a thread / KiB of
-shared memory of a block. No variant spills a register or flushes subnormal numbers; the generator refuses one that does, or
+shared memory of a block. No variant spills a register or flushes subnormal numbers, and
+no quantizer has a fused multiply-add or a division that is not exact; the generator refuses one that does, or
 that takes more shared memory than 99 KiB on sm_86, sm_89 and sm_120, 163 KiB on sm_80 or 227 KiB on sm_90. Loads and stores
 are instructions by width in bits, SASS counts all instructions, tensor cores the matrix instructions, on sm_90. What each
 kernel computes, its bit layout and its limits stand in its docstring, and in plain torch in `qlazy_kernels/reference.py`. No

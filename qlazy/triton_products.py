@@ -151,7 +151,7 @@ def grouped(x: Tensor, counts: Tensor, packed: Tensor, scale: Tensor, zero: Tens
     tokens = x.shape[0]
     if x.dtype not in FLOATS or tokens == 0:
         return None
-    tile = default_tile(min(-(-tokens // counts.shape[0]), 16 if x.dtype == torch.float32 else 64))
+    tile = default_tile(min(-(-tokens // counts.shape[0]), 64), x.dtype)
     blocks = group_blocks(counts, tokens, tile.block_m)
     out = x.new_zeros(tokens, packed.shape[1])
     if packed.dtype == torch.int8:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlazy_kernels.checks import check_codebook4, check_nested, check_tensors, check_weight, float_dtype, result, row_range
-from qlazy_kernels.quantize import load_weight
+from qlazy_kernels.rounding import load_weight
 from qlazy_kernels.tiles import Tile
 
 DEQUANTIZE_TILE = Tile(block_n=8, block_k=256)

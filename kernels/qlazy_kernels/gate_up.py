@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlazy_kernels.checks import check_int4, check_tokens, result
 from qlazy_kernels.gemv import default_tile, row_span
-from qlazy_kernels.inner import multiply_rows
+from qlazy_kernels.inner import multiply_rows, store_tile
 from qlazy_kernels.tiles import Tile
 
 
@@ -163,8 +163,4 @@ def gemv_gate_up_kernel(
     else:  # gelu_tanh: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
         slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     y = gate / (1.0 + tl.exp(-slope)) * up
-    n = tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    store_ok = (first_token + m < tokens)[:, None] & (first + n < rows)[None, :]
-    y_tile = y_MN + first_token * rows + first + (m[:, None] * rows + n[None, :])
-    tl.store(y_tile, y.to(y_MN.dtype.element_ty), mask=store_ok)
+    store_tile(y_MN, y, y_MN, first_token, first, tokens, rows, False)

@@ -5,11 +5,13 @@ Shape legend: T = indices, N = rows of the table, K = columns, G = groups along 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
-from qlazy_kernels.checks import Extent, check_int4, check_int8, result
+from qlazy_kernels.checks import Extent, check_int4, check_int8, float_dtype, result
 from qlazy_kernels.dequantize import dequantize_int4_kernel, dequantize_int8_kernel
 from qlazy_kernels.tiles import Tile, span_of
 
@@ -49,28 +51,9 @@ def gather_int4(
     Memory: the result.
     """
     extent = check_int4(weight_packed, weight_scale, weight_zero_point, columns)
-    rows = _rows(index, weight_packed)
-    y = result(out, (*index.shape, extent.columns), weight_scale.dtype if dtype is None else dtype, weight_packed.device)
-    if rows.numel() == 0:
-        return y
-    sizes, options, grid = _launch(extent, rows, tile)
-    with torch.cuda.device_of(y):
-        dequantize_int4_kernel[grid](
-            rows,
-            weight_packed,
-            weight_scale,
-            weight_packed if weight_zero_point is None else weight_zero_point,
-            y,
-            0,
-            rows.numel(),
-            extent.rows,
-            extent.columns,
-            extent.words,
-            *sizes,
-            HAS_ZERO=weight_zero_point is not None,
-            **options,
-        )
-    return y
+    zeros = weight_packed if weight_zero_point is None else weight_zero_point
+    pointers, fixed = (weight_packed, weight_scale, zeros), {"HAS_ZERO": weight_zero_point is not None}
+    return _gather(dequantize_int4_kernel, index, pointers, extent, (extent.words,), fixed, dtype, tile, out)
 
 
 def gather_int8(
@@ -101,45 +84,48 @@ def gather_int8(
     Memory: the result.
     """
     extent = check_int8(weight_packed, weight_scale)
-    rows = _rows(index, weight_packed)
-    y = result(out, (*index.shape, extent.columns), weight_scale.dtype if dtype is None else dtype, weight_packed.device)
+    return _gather(dequantize_int8_kernel, index, (weight_packed, weight_scale), extent, (), {}, dtype, tile, out)
+
+
+def _gather(
+    kernel: Any,
+    index: Tensor,
+    pointers: tuple[Tensor, ...],
+    extent: Extent,
+    words: tuple[int, ...],
+    fixed: dict[str, bool],
+    dtype: torch.dtype | None,
+    tile: Tile,
+    out: Tensor | None,
+) -> Tensor:
+    packed, scale = pointers[:2]
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"index is {index.dtype}; it must be torch.int32 or torch.int64.")
+    if index.device != packed.device:
+        raise ValueError(f"index is on {index.device}, the table on {packed.device}; they need one device.")
+    rows = index.reshape(-1).contiguous()
+    y = result(out, (*index.shape, extent.columns), float_dtype(dtype, scale), packed.device)
     if rows.numel() == 0:
         return y
-    sizes, options, grid = _launch(extent, rows, tile)
+    span = span_of(extent.group_size, tile.block_k) if extent.groups > 1 else tile.block_k
     with torch.cuda.device_of(y):
-        dequantize_int8_kernel[grid](
+        kernel[(triton.cdiv(rows.numel(), tile.block_n), triton.cdiv(extent.columns, tile.block_k))](
             rows,
-            weight_packed,
-            weight_scale,
+            *pointers,
             y,
             0,
             rows.numel(),
             extent.rows,
             extent.columns,
-            *sizes,
-            **options,
+            *words,
+            extent.groups,
+            max(1, extent.group_size // span),
+            ONE_GROUP=extent.groups == 1,
+            HAS_INDEX=True,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            SPAN=span,
+            num_warps=tile.num_warps,
+            **fixed,
         )
     return y
-
-
-def _launch(extent: Extent, rows: Tensor, tile: Tile) -> tuple[tuple[int, int], dict[str, int | bool], tuple[int, int]]:
-    """Groups and spans of a group, what is compiled in, and the grid."""
-    span = span_of(extent.group_size, tile.block_k) if extent.groups > 1 else tile.block_k
-    options = {
-        "ONE_GROUP": extent.groups == 1,
-        "HAS_INDEX": True,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "SPAN": span,
-        "num_warps": tile.num_warps,
-    }
-    grid = (triton.cdiv(rows.numel(), tile.block_n), triton.cdiv(extent.columns, tile.block_k))
-    return (extent.groups, max(1, extent.group_size // span)), options, grid
-
-
-def _rows(index: Tensor, packed: Tensor) -> Tensor:
-    if index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"index is {index.dtype}; it must be torch.int32 or torch.int64.")
-    if index.device != packed.device:
-        raise ValueError(f"index is on {index.device}, the table on {packed.device}; they need one device.")
-    return index.reshape(-1).contiguous()

@@ -13,13 +13,15 @@ Shape legend: M = tokens, N = out_features (rows), K = in_features (columns), G 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qlazy_kernels.checks import Extent, check_bias, check_int4, check_int8, check_tokens, result
-from qlazy_kernels.inner import multiply_tile
+from qlazy_kernels.inner import multiply_tile, store_tile
 from qlazy_kernels.tiles import Tile, span_of
 
 TILES = {
@@ -108,16 +110,20 @@ def gemm_int8(
     return _gemm(x, weight_packed, weight_scale, None, bias, extent, 8, tile, workspace, out)
 
 
-def default_tile(tokens: int) -> Tile:
+def default_tile(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Tile:
     """The tile for a number of tokens.
 
     Args:
         tokens: M, at least 1.
+        dtype: Of the activations; in float32 a tile of 128 tokens, or three stages, would not fit the shared memory.
 
     Returns:
-        One of `TILES`.
+        One of `TILES`, in float32 with fewer stages.
     """
-    return TILES[min(size for size in TILES if size >= min(tokens, max(TILES)))]
+    wide = dtype == torch.float32
+    largest = 64 if wide else max(TILES)
+    tile = TILES[min(size for size in TILES if size >= min(tokens, largest))]
+    return dataclasses.replace(tile, num_stages=2) if wide else tile
 
 
 def _gemm(
@@ -138,7 +144,7 @@ def _gemm(
     y = result(out, (*x.shape[:-1], extent.rows), x.dtype, x.device)
     if tokens == 0:
         return y
-    tile = default_tile(tokens) if tile is None else tile
+    tile = default_tile(tokens, x.dtype) if tile is None else tile
     # No more parts than there are tiles along K.
     steps = triton.cdiv(extent.columns, tile.block_k)
     split_k = min(tile.split_k, steps)
@@ -212,8 +218,9 @@ def gemm_kernel(
 ):
     """BLOCK_M tokens by BLOCK_N rows, the columns of one part."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    first_token = tl.program_id(1).to(tl.int64) * BLOCK_M
     n = first + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = first_token + tl.arange(0, BLOCK_M)
     part = tl.program_id(2)
     step = part * steps_per_part
     steps = tl.minimum(step + steps_per_part, tl.cdiv(columns, BLOCK_K))
@@ -239,10 +246,8 @@ def gemm_kernel(
         BLOCK_K,
         SPAN,
     )
-    if HAS_BIAS:
-        total += tl.load(bias_N + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
-    y = y_SMN + part.to(tl.int64) * tokens * rows + m[:, None] * rows + n[None, :]
-    tl.store(y, total.to(y_SMN.dtype.element_ty), mask=(m < tokens)[:, None] & (n < rows)[None, :])
+    y_MN = y_SMN + part.to(tl.int64) * tokens * rows
+    store_tile(y_MN, total, bias_N, first_token, first, tokens, rows, HAS_BIAS)
 
 
 @triton.jit

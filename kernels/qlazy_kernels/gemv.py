@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlazy_kernels.checks import Extent, check_bias, check_int4, check_int8, check_tokens, result
-from qlazy_kernels.inner import multiply_rows
+from qlazy_kernels.inner import multiply_rows, store_tile
 from qlazy_kernels.tiles import Tile, next_power_of_two, span_of
 
 TILES = {
@@ -241,11 +241,4 @@ def gemv_kernel(
         BLOCK_K,
         SPAN,
     )
-    n = tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    row_ok = first + n < rows
-    if HAS_BIAS:
-        y += tl.load(bias_N + first + n, mask=row_ok, other=0.0).to(tl.float32)[None, :]
-    store_ok = (first_token + m < tokens)[:, None] & row_ok[None, :]
-    y_tile = y_MN + first_token * rows + first + (m[:, None] * rows + n[None, :])
-    tl.store(y_tile, y.to(y_MN.dtype.element_ty), mask=store_ok)
+    store_tile(y_MN, y, bias_N, first_token, first, tokens, rows, HAS_BIAS)

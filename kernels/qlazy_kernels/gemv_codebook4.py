@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlazy_kernels.checks import check_bias, check_codebook4, check_nested, check_tokens, result
 from qlazy_kernels.gemv import default_tile
-from qlazy_kernels.inner import one_a_thread
+from qlazy_kernels.inner import one_a_thread, store_tile
 from qlazy_kernels.tiles import Tile
 
 
@@ -159,13 +159,7 @@ def gemv_codebook4_kernel(
         else:
             absmax = tl.load(one_a_thread(absmax_N, (at + word) // 8, 4), mask=ok, other=0.0)
         total += product * absmax
-    y = tl.sum(total, axis=2)
-    row = first + tl.arange(0, BLOCK_N)
-    if HAS_BIAS:
-        y += tl.load(bias_N + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
-    token = first_token + tl.arange(0, BLOCK_M)
-    y_tile = y_MN + token[:, None] * rows + row[None, :]
-    tl.store(y_tile, y.to(y_MN.dtype.element_ty), mask=(token < tokens)[:, None] & (row < rows)[None, :])
+    store_tile(y_MN, tl.sum(total, axis=2), bias_N, first_token, first, tokens, rows, HAS_BIAS)
 
 
 @triton.jit

@@ -157,7 +157,7 @@ def _grouped(
         if index.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"index is {index.dtype}; it must be torch.int32 or torch.int64.")
     assert x.dtype in FLOATS
-    tile = default_tile(blocks.block_m) if tile is None else tile
+    tile = default_tile(blocks.block_m, x.dtype) if tile is None else tile
     if tile.block_m != blocks.block_m:
         raise ValueError(f"The tile takes {tile.block_m} tokens, blocks have {blocks.block_m}; they must be the same.")
     y = result(out, (x_MK.shape[0] if index is None else index.shape[0], rows), x.dtype, x.device)

@@ -215,3 +215,17 @@ def multiply_tile(
         weight = tl.reshape(weight, (BLOCK_N, BLOCK_K)).to(x.dtype)
         total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def store_tile(y_MN, y, bias_N, first_token, first, tokens, rows, HAS_BIAS: tl.constexpr):
+    """A tile of results (M, N) from a token and a row on: the bias, one rounding, and only what is there."""
+    token = first_token + tl.arange(0, y.shape[0])
+    row = first + tl.arange(0, y.shape[1])
+    if HAS_BIAS:
+        y += tl.load(bias_N + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y_MN + token[:, None] * rows + row[None, :],
+        y.to(y_MN.dtype.element_ty),
+        mask=(token < tokens)[:, None] & (row < rows)[None, :],
+    )
