@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from qlazy.budget import make_budget
+from qlazy.kept import keep
 from qlazy.plan import Plan, make_plan
 from qlazy.recipe import make_recipe
 from qlazy.report import Progress
@@ -87,7 +88,7 @@ def plan(
         model_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, headers_only=True
     )
     budget = make_budget(device_map, max_memory, reserve=reserve, max_model_len=max_model_len)
-    return make_plan(source, recipe, budget, dtype=dtype)
+    return make_plan(source, keep(source, recipe) or recipe, budget, dtype=dtype)
 
 
 def load_quantized(
@@ -118,6 +119,8 @@ def load_quantized(
     on_progress: Callable[[Progress], None] | None = None,
     trace: str | os.PathLike[str] | None = None,
     random_init: bool = False,
+    verify: bool = False,
+    cache: bool = False,
 ) -> PreTrainedModel:
     """Load a model with its linear layers in 4 or 8 bits, never holding more than that and a small ring.
 
@@ -153,6 +156,8 @@ def load_quantized(
         trace: File to write a trace of the load to, for ui.perfetto.dev or chrome://tracing.
         random_init: Read no weights, and fetch none: of the model only `config.json` is used. The values are those that
             building it under the same seed gives, drawn piece by piece straight into packed storage.
+        verify: Read a folder that `save_quantized` made whole, and compare it with the hashes in its manifest, first.
+        cache: Save what is quantized in `~/.cache/qlazy/saved` (or `QLAZY_CACHE`), and map it from there the next time.
     Returns:
         The model in evaluation mode, a `transformers.PreTrainedModel`, with its `LoadReport` as `qlazy_report`.
     Raises:
@@ -204,6 +209,8 @@ def load_quantized(
         on_progress=on_progress,
         trace=taken,
         random_init=random_init,
+        verify=verify,
+        cache=cache,
     )
     if taken is not None:
         taken.write()

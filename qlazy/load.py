@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qlazy.budget import Budget
+from qlazy.cache import cached
 from qlazy.errors import UsageError
 from qlazy.finish import finish
 from qlazy.kept import keep
@@ -32,6 +33,7 @@ from qlazy.random_init import Drawn, build_reference, match_drawn, with_tensors
 from qlazy.recipe import Recipe
 from qlazy.reopen import reopen
 from qlazy.report import LoadReport, Progress
+from qlazy.saved import verify as verify_folder
 from qlazy.source import Source
 from qlazy.staging import open_gpus
 from qlazy.storage import taken_ahead
@@ -53,6 +55,8 @@ def load(
     on_progress: Callable[[Progress], None] | None = None,
     trace: Trace | None = None,
     random_init: bool = False,
+    verify: bool = False,
+    cache: bool = False,
 ) -> PreTrainedModel:
     """Load an opened source. `qlazy.load_quantized` is this with the options spelled out, and documents them.
 
@@ -68,6 +72,8 @@ def load(
         on_progress: Called a few times a second.
         trace: Takes stages, reads and placements, and the meter's samples; the caller writes it.
         random_init: Read no weights: the values are those that building the model gives.
+        verify: Read a saved folder whole and compare it with the hashes in its manifest first.
+        cache: Save what is quantized, and open that from the next time on.
     Returns:
         The model in evaluation mode, with its `LoadReport` as `qlazy_report`.
     Raises:
@@ -77,7 +83,20 @@ def load(
 
     Memory: as `qlazy.load_quantized`.
     """
+    if verify and source.folder is not None:
+        verify_folder(source.folder)
     kept = None if random_init else keep(source, recipe)
+    if cache and kept is None and not random_init:
+        resolved = resolve_dtype(source, dtype, budget)
+        source = cached(
+            source,
+            recipe,
+            dtype=resolved,
+            trust_remote_code=trust_remote_code,
+            drop_page_cache=drop_page_cache,
+            on_progress=on_progress,
+        )
+        kept = keep(source)
     if kept is not None:
         return reopen(
             source,

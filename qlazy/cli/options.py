@@ -147,6 +147,12 @@ class Options:
         Path | None, typer.Option(help="Folder of downloads; default that of huggingface_hub.", rich_help_panel=_FROM)
     ] = None
     local_files_only: Annotated[bool, typer.Option("--local-files-only", help="Ask no network.", rich_help_panel=_FROM)] = False
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare a saved folder with its manifest first.", rich_help_panel=_FROM)
+    ] = False
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Save what is quantized, and map it the next time.", rich_help_panel=_FROM)
+    ] = False
     random_init: Annotated[
         bool,
         typer.Option(
@@ -227,7 +233,16 @@ class Options:
         Returns:
             Arguments by name.
         """
-        names = ("dtype", "attn_implementation", "strict", "trust_remote_code", "drop_page_cache", "random_init")
+        names = (
+            "dtype",
+            "attn_implementation",
+            "strict",
+            "trust_remote_code",
+            "drop_page_cache",
+            "random_init",
+            "verify",
+            "cache",
+        )
         return {name: getattr(self, name) for name in names}
 
     def say(self, text: str = "") -> None:

@@ -11,6 +11,7 @@ from qlazy.budget import make_budget
 from qlazy.cli.app import app, complain, describe, print_json
 from qlazy.cli.options import Model, Options, with_options
 from qlazy.errors import DoesNotFit
+from qlazy.kept import keep
 from qlazy.plan import Plan, allocate, block_of, entries, require_fit, resolve_dtype, to_json
 from qlazy.recipe import make_recipe
 from qlazy.report import align, plan_summary, plan_table
@@ -73,6 +74,7 @@ def draw_up(model: str, options: Options) -> tuple[Source, Plan]:
         from qlazy.random_init import drawn_source
 
         source = drawn_source(source, dtype, trust_remote_code=options.trust_remote_code)
+    recipe = keep(source, recipe) or recipe
     return source, allocate(entries(source, dtype), source, recipe, budget, dtype=dtype, exact=False)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import qlazy
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UsageError
+from qlazy.formats import Int8
 from qlazy.saved import verify
 from qlazy.shards import ALIGNMENT
 from qlazy.source import open_source
@@ -265,3 +266,44 @@ def test_head_in_a_format_that_the_layout_has_no_room_for_is_written_in_16_bits(
     assert torch.equal(reopened.lm_head.weight, loaded.lm_head.weight)
     said = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
     assert said["llm_int8_skip_modules"] == ["lm_head"]
+
+
+def test_a_load_can_verify_first(save):
+    folder = save("llama")
+    assert qlazy.load_quantized(folder, device_map="cpu", verify=True).is_quantized
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(CorruptCheckpoint, match=f"{shard.name} has sha256"):
+        qlazy.load_quantized(folder, device_map="cpu", verify=True)
+
+
+def test_plan_of_a_saved_folder_has_its_formats(save):
+    folder = save("llama", bits=8)
+    planned = {tensor.name: tensor.format for tensor in qlazy.plan(folder, device_map="cpu").tensors}
+    assert planned["model.layers.0.mlp.up_proj.weight"] == planned["lm_head.weight"] == Int8()
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "nf4", "head_bits": 16}], ids=str)
+def test_cache_is_written_once_and_mapped_from_then_on(checkpoint, tmp_path, monkeypatch, options):
+    monkeypatch.setenv("QLAZY_CACHE", str(tmp_path / "cache"))
+    plain = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", **options)
+    assert not (tmp_path / "cache").exists()
+    first = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", cache=True, **options)
+    (folder,) = (tmp_path / "cache").iterdir()
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    second = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", cache=True, **options)
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    require_equal(plain, first)
+    require_equal(plain, second)
+    qlazy.load_quantized(checkpoint("llama"), device_map="cpu", cache=True, bits=8)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_cache_notices_a_changed_source(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLAZY_CACHE", str(tmp_path / "cache"))
+    source = copied("llama")
+    qlazy.load_quantized(source, device_map="cpu", cache=True)
+    shard = sorted(source.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
+    qlazy.load_quantized(source, device_map="cpu", cache=True)
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -50,6 +50,7 @@ TORCH_FREE = [
     "qlazy.fingerprint",
     "qlazy.folder",
     "qlazy.formats",
+    "qlazy.kept",
     "qlazy.memory",
     "qlazy.outfile",
     "qlazy.plan",

@@ -8,8 +8,8 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ pytestmark = [
 ]
 
 RECIPES: dict[str, dict[str, Any]] = {"g32-asym": {}, "g64-sym": {"symmetric": True, "group_size": 64}}
+
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a share of the machine
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else three workers want three processors
+    "VLLM_CPU_INT4_W4A8": "0",  # else activations are rounded to eight bits
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 TEXT = (
     "The sea is a large body of salt water. It covers most of the planet, and people have sailed on it for thousands of years, "
@@ -45,50 +54,50 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: base / name for name in RECIPES}
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Any]:
-    """Starts vLLM's OpenAI server on loopback; gives its address."""
-    started: list[subprocess.Popen[str]] = []
+class Server:
+    """vLLM's OpenAI server on loopback; ready when the block begins."""
 
-    def start(folder: Path, workers: int) -> str:
+    def __init__(self, folder: Path, workers: int) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "demo"]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", str(workers)]
-        command += ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "2", "--enforce-eager"]
-        settings = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default is a share of the machine
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else three workers want three processors
-            "VLLM_CPU_INT4_W4A8": "0",  # else activations are rounded to eight bits
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        server = subprocess.Popen(
-            command,
-            env=os.environ | settings,
+        self.address = f"http://127.0.0.1:{port}"
+        self._command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+        self._command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
+        self._command += ["--tensor-parallel-size", str(workers), "--dtype", "bfloat16", "--enforce-eager"]
+        self._command += ["--max-model-len", "512", "--max-num-seqs", "2"]
+
+    def __enter__(self) -> Server:
+        self._log: list[str] = []
+        self._ready = threading.Event()
+        self._process = subprocess.Popen(
+            self._command,
+            env=os.environ | SETTINGS,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        started.append(server)
-        assert server.stdout is not None
-        log = []
-        for line in server.stdout:
-            log.append(line)
-            if "Application startup complete" in line:
-                # What it says from now on must go somewhere, or it stops.
-                subprocess.Popen(["cat"], stdin=server.stdout, stdout=subprocess.DEVNULL)
-                return f"http://127.0.0.1:{port}"
-        raise AssertionError("vLLM ended:\n" + "".join(log[-60:]))
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        if not self._ready.wait(600) or self._process.poll() is not None:
+            self.__exit__()
+            raise AssertionError("vLLM did not start:\n" + "".join(self._log[-60:]))
+        return self
 
-    yield start
-    for server in started:
+    def __exit__(self, *exc: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+            os.killpg(self._process.pid, signal.SIGTERM)
+        self._process.wait()
+        self._reader.join()
+
+    def _read(self) -> None:
+        with self._process.stdout as lines:  # type: ignore[union-attr]
+            for line in lines:
+                self._log.append(line)
+                if "Application startup complete" in line:
+                    self._ready.set()
+        self._ready.set()  # it has ended
 
 
 def served_logprobs(address: str, ids: list[int]) -> list[float]:
@@ -111,10 +120,12 @@ def own_logprobs(folder: Path, ids: list[int]) -> list[float]:
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_same_probabilities(saved, serve, recipe, workers, capsys):
+def test_same_probabilities(saved, recipe, workers, capsys):
     folder = saved[recipe]
     ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
-    ours, theirs = own_logprobs(folder, ids), served_logprobs(serve(folder, workers), ids)
+    ours = own_logprobs(folder, ids)
+    with Server(folder, workers) as server:
+        theirs = served_logprobs(server.address, ids)
     apart = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
     mean, most = sum(apart) / len(apart), max(apart)
     with capsys.disabled():

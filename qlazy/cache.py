@@ -1,0 +1,69 @@
+"""What a load has quantized, kept in a folder for the next one. Off unless asked for; the key is that of a save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from qlazy.fingerprint import content_key
+from qlazy.layouts import default_layout
+from qlazy.recipe import Recipe
+from qlazy.report import Progress
+from qlazy.save import SHARD_BYTES, save
+from qlazy.saved import already_saved
+from qlazy.source import Source, open_source
+
+
+def cache_root() -> Path:
+    """The folder of cached models: `QLAZY_CACHE`, or `saved` in qlazy's part of the user's cache.
+
+    Returns:
+        The folder, which may not exist. What is in it can be deleted at any time.
+    """
+    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("QLAZY_CACHE") or Path(user) / "qlazy" / "saved")
+
+
+def cached(
+    source: Source,
+    recipe: Recipe,
+    *,
+    dtype: str,
+    trust_remote_code: bool = False,
+    drop_page_cache: bool = True,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Source:
+    """The saved folder of a source under a recipe, made now where it is not there.
+
+    Args:
+        source: An opened local source.
+        recipe: What to quantize and how.
+        dtype: Torch dtype name of what is not quantized.
+        trust_remote_code: Run Python code from the model's folder.
+        drop_page_cache: As in a load.
+        on_progress: Called a few times a second while the folder is made.
+    Returns:
+        The folder, opened; it keeps the name that the user typed.
+    Raises:
+        UsageError: no layout can hold the recipe's formats together.
+        OutOfSpace: the disk is full.
+
+    Memory: as `save`.
+    """
+    layout = default_layout(recipe.format)
+    key = content_key(source, recipe, layout=layout, dtype=dtype, shard_bytes=SHARD_BYTES)
+    folder = cache_root() / f"{Path(source.resolved).name}-{recipe.format.name}-{key[:12]}"
+    if already_saved(folder, key) is None:
+        save(
+            source,
+            recipe,
+            folder,
+            layout=layout,
+            dtype=dtype,
+            force=True,
+            trust_remote_code=trust_remote_code,
+            drop_page_cache=drop_page_cache,
+            on_progress=on_progress,
+        )
+    return open_source(folder)
