@@ -127,8 +127,8 @@ class Stream:
         """Stop the workers and close the files, whether or not all was read."""
         self._stop.set()
         self._pool.shutdown()
-        self._files.close()
         self._locked.close()
+        self._files.close()
         self._ring.clear()
         torch.set_num_threads(self._torch_threads)
         trim_heap()
