@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qlazy.errors import CorruptCheckpoint
+from qlazy.errors import CorruptCheckpoint, UnsupportedModel
 from qlazy.source_float8 import as_stored
 from qlazy.source_packed import PackedTensor
 from qlazy.source_quantized import join_parts
-from qlazy.source_safetensors import read_header
+from qlazy.source_safetensors import TensorInfo, read_header
 from qlazy.unpack import unpack_rows
 
 FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "quantized").glob("*.safetensors"))
@@ -170,3 +172,26 @@ def test_targets_are_names_then_patterns_then_classes(tmp_path):
     assert info.shape == (96, 128)
     with pytest.raises(CorruptCheckpoint, match="is no regular expression"):
         joined(path, config | {"config_groups": {"a": {"targets": ["re:("], "weights": good}}})
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=[path.stem for path in FIXTURES])
+def test_headers_alone_tell_the_shapes_of_a_model_on_the_hub(path):
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["quantization_config"])
+        shape = next(tuple(file.get_tensor(name).shape) for name in file.keys() if ":" in name)  # noqa: SIM118
+    remote = {
+        name: dataclasses.replace(info, path=Path(path.name)) for name, info in read_header(path).items() if ":" not in name
+    }
+    (info,) = join_parts({"quantization_config": config}, remote, where="org/name").values()
+    # Of rows that do not fill their last word headers tell no more than how many columns it can hold.
+    assert info.shape == ((70, 48) if "odd" in path.stem else shape)
+
+
+def test_shapes_of_bitsandbytes_are_in_the_files():
+    names = {"a.weight": (2048, 1), "a.weight.absmax": (64,), "a.weight.quant_state.bitsandbytes__nf4": (90,)}
+    remote = {
+        name: TensorInfo(name=name, shape=shape, dtype="uint8", path=Path("m.safetensors"), offset=0, nbytes=math.prod(shape))
+        for name, shape in names.items()
+    }
+    with pytest.raises(UnsupportedModel, match="a plan needs the files: hf download"):
+        join_parts({"quantization_config": {"quant_method": "bitsandbytes"}}, remote, where="org/name")
