@@ -100,10 +100,12 @@ def reopen(
         files = MappedFiles()
         mapper = Mapper(model, plan, match, files)
         read = tuple(fill for fill in match.fills if fill.targets[0] not in mapper.mapped)
-        if read:
-            with Stream(read, mapper.place, worker_count(read), drop_page_cache) as stream:
-                for _ in stream:
-                    pass
+        with mapper:  # until what GPUs do has ended
+            if read:
+                with Stream(read, mapper.place, worker_count(read), drop_page_cache) as stream:
+                    for _ in stream:
+                        pass
+        mapper.require_finite()
         lap("stream")
         total = sum(fill.nbytes for fill in match.fills)
         if on_progress is not None:
