@@ -239,7 +239,7 @@ CALLS = (
 
 
 def test_the_list_of_calls_is_whole():
-    made = calls(9, 96, torch.float16)
+    made = calls(9, 192, torch.float16)
     assert tuple(made) == CALLS
     for call in made.values():
         call()
@@ -300,7 +300,7 @@ def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path):
     script.write_text(
         "import torch\n"
         "from tests.gpu.test_kernels_gpu import calls\n"
-        "for shape in ((9, 96), (61, 1120)):\n"
+        "for shape in ((9, 192), (61, 1088)):\n"
         "    for call in calls(*shape, torch.bfloat16).values():\n"
         "        call()\n"
         "torch.cuda.synchronize()\n"
