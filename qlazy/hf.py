@@ -23,7 +23,7 @@ from qlazy.formats import Codebook4, Format, Int4
 from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.recipe import Recipe, make_recipe
 from qlazy.save_model import model_config, model_layout, model_tensors
-from qlazy.swap import entries_of, quant_layer
+from qlazy.swap import entries_of, is_replaced, quant_layer
 
 
 @register_quantization_config("qlazy")
@@ -173,7 +173,7 @@ class QlazyQuantizer(HfQuantizer):
         for entry in entries_of(model, everything):
             rows, columns = entry.shape if len(entry.shape) == 2 else (0, 0)
             fmt, _ = recipe.format_for(entry.kind, entry.name, rows, columns)
-            if fmt is None or entry.kind not in ("linear", "head"):
+            if fmt is None or not is_replaced(model, entry):
                 continue
             path = entry.name.removesuffix(".weight")
             layer: Any = model.get_submodule(path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +19,7 @@ from qlazy.experts import EXPERTS_IMPLEMENTATION
 from qlazy.formats import Format
 from qlazy.layers import LAYERS
 from qlazy.match import Match
-from qlazy.plan import Entry, Plan, allocate, require_fit
+from qlazy.plan import Entry, Plan, TensorPlan, allocate, require_fit
 from qlazy.quant_linear import QuantLinear
 from qlazy.quant_weight import QuantWeight
 from qlazy.recipe import Kind, guess_kind
@@ -61,12 +62,27 @@ def swap_layers(model: PreTrainedModel, plan: Plan, match: Match, source: Source
         if tensor.format is None:
             continue
         dtype = getattr(torch, tensor.dtype)
-        if tensor.kind in ("linear", "head"):
-            path = tensor.name.removesuffix(".weight")
+        path = tensor.name.removesuffix(".weight")
+        if is_replaced(model, tensor):
             model.set_submodule(path, quant_layer(model.get_submodule(path), tensor.format, dtype))
         else:
             swap_parameter(model, tensor.name, tensor.format, dtype)
     return exact
+
+
+def is_replaced(model: PreTrainedModel, tensor: Entry | TensorPlan) -> bool:
+    """Whether a layer is replaced as a whole; else its parameter is, and its class and its forward stay.
+
+    Args:
+        model: A placeholder.
+        tensor: One that the recipe quantizes.
+    Returns:
+        True for linear layers of torch's and transformers' own classes whose weight has one name.
+    """
+    if tensor.kind not in ("linear", "head"):
+        return False
+    is_tied = tensor.name in _tied_groups(getattr(model, "all_tied_weights_keys", {}))
+    return not is_tied and type(model.get_submodule(tensor.name.removesuffix(".weight"))) in (nn.Linear, Conv1D)
 
 
 def swap_parameter(model: PreTrainedModel, name: str, fmt: Format, dtype: torch.dtype) -> None:
@@ -94,11 +110,11 @@ def swap_parameter(model: PreTrainedModel, name: str, fmt: Format, dtype: torch.
         holder = model.get_submodule(path)
         del holder._parameters[leaf]
         holder.add_module(leaf, weight)
+        if stack.experts and hasattr(holder, "_apply_gate") and hasattr(holder, "config"):
+            config: Any = holder.config
+            config._experts_implementation = EXPERTS_IMPLEMENTATION
     for target in [target for target in tied if target in group]:
         del tied[target]
-    if stack.experts and hasattr(owner, "_apply_gate") and hasattr(owner, "config"):
-        config: Any = owner.config
-        config._experts_implementation = EXPERTS_IMPLEMENTATION
 
 
 def _tied_groups(tied: Mapping[str, str]) -> dict[str, set[str]]:
@@ -118,7 +134,8 @@ def untie(model: PreTrainedModel, match: Match, *, both: bool = False) -> None:
     Args:
         model: A placeholder; its `all_tied_weights_keys` changes.
         match: What fills it.
-        both: Also a pair that is stored twice with the same values: each is packed on its own then.
+        both: Also a pair of an embedding that is stored twice with the same values, as each is packed on its own then; pairs of
+            other weights always.
 
     Memory: three samples of at most 4 KiB of each tensor, read here. A pair whose samples are equal stays tied.
     """
@@ -126,7 +143,9 @@ def untie(model: PreTrainedModel, match: Match, *, both: bool = False) -> None:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for target, origin in list(tied.items()):
         one, other = stored.get(target), stored.get(origin)
-        if one and other and one.dtype == other.dtype and (both or _sample(one) != _sample(other)):
+        of_table = any(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding) for name in (target, origin))
+        packed_twice = both or not of_table
+        if one and other and one.dtype == other.dtype and (packed_twice or _sample(one) != _sample(other)):
             del tied[target]
 
 
@@ -230,8 +249,13 @@ def _kind(name: str, held: _Held, roles: Mapping[str, Kind], read: Mapping[str, 
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is exactly a linear layer: a subclass may do anything with its weight."""
-    return type(module) in (nn.Linear, Conv1D)
+    """Whether a module is a linear layer; what a class of its own does with the weight a packed one in its place does too.
+
+    All but the output of torch's attention, whose weight is handed to a function that would want it unpacked at every call.
+    """
+    if isinstance(module, nn.Linear):
+        return not isinstance(module, NonDynamicallyQuantizableLinear)
+    return type(module) is Conv1D
 
 
 def _roles(model: PreTrainedModel) -> dict[str, Kind]:
@@ -255,6 +279,15 @@ def _roles(model: PreTrainedModel) -> dict[str, Kind]:
         owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in group}
         tables = [name for name, owner in owners.items() if isinstance(owner, nn.Embedding)]
         is_table = any(guess_kind(name, tuple(owners[name]._parameters["weight"].shape)) == "embedding" for name in tables)  # type: ignore[union-attr]
-        whole = all(isinstance(owner, nn.Embedding) or _is_linear(owner) for owner in owners.values())
-        roles |= dict.fromkeys(group, "tied" if is_table and whole else "shared")
+        if all(stack_of(owner, name.rpartition(".")[2]) for name, owner in owners.items()):
+            continue
+        whole = all(
+            name.endswith(".weight") and (isinstance(owner, nn.Embedding) or _is_linear(owner))
+            for name, owner in owners.items()
+        )
+        if whole and not tables:
+            for name in group:
+                roles.setdefault(name, "linear")
+        else:
+            roles |= dict.fromkeys(group, "tied" if whole and is_table else "shared")
     return roles

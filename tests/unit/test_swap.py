@@ -32,7 +32,8 @@ from qlazy.formats import Codebook4, Int4, Int8
 from qlazy.layers import Int4Linear, Int8Linear
 from qlazy.lazy import lazy_build
 from qlazy.quant_linear import QuantLinear
-from qlazy.swap import entries_of, quant_layer
+from qlazy.quant_weight import QuantWeight
+from qlazy.swap import entries_of, is_replaced, quant_layer, swap_parameter
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -113,13 +114,15 @@ def test_heads_of_other_kinds():
     assert entries(mamba)["lm_head.weight"].kind == "read"
 
 
-def test_a_head_that_is_no_plain_linear_layer_is_left_alone():
+def test_a_head_of_a_class_of_its_own_is_a_head_and_the_output_of_torchs_attention_is_left_alone():
     class Special(nn.Linear):
         pass
 
     model = placeholder(LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False))
     model.lm_head = Special(64, 32, bias=False, device="meta")
-    assert entries(model)["lm_head.weight"].kind == "other"
+    assert entries(model)["lm_head.weight"].kind == "head"
+    model.model.layers[0].mlp = nn.MultiheadAttention(64, 2, device="meta")
+    assert entries(model)["model.layers.0.mlp.out_proj.weight"].kind == "other"
 
 
 def test_a_weight_that_is_in_no_file_is_left_for_transformers():
@@ -142,15 +145,34 @@ def test_what_the_model_keeps_in_float32_is_left_alone():
     assert found["encoder.block.0.layer.1.DenseReluDense.wi.weight"].kind == "linear"
 
 
-def test_a_subclass_of_linear_is_left_alone():
+def test_a_subclass_of_linear_stays_and_has_its_weight_packed():
     class Special(nn.Linear):
-        pass
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * (x @ self.weight.T)
 
     model = placeholder(LlamaForCausalLM, LlamaConfig(**SMALL))
-    model.model.layers[0].mlp.up_proj = Special(64, 96, bias=False, device="meta")
+    special = model.model.layers[0].mlp.up_proj = Special(64, 96, bias=False, device="meta")
     found = entries(model)
-    assert found["model.layers.0.mlp.up_proj.weight"].kind == "other"
-    assert found["model.layers.1.mlp.up_proj.weight"].kind == "linear"
+    special_entry, plain_entry = (found[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(2))
+    assert special_entry.kind == plain_entry.kind == "linear"
+    assert not is_replaced(model, special_entry) and is_replaced(model, plain_entry)
+    swap_parameter(model, special_entry.name, Int8(), torch.float32)
+    assert isinstance(special.weight, QuantWeight) and not list(special.parameters())
+    special.weight.allocate("cpu")
+    special.weight.fill(torch.randn(96, 64))
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(special(x), 2 * (x @ special.weight.dequantize().T), rtol=1e-4, atol=1e-4)
+
+
+def test_linear_layers_that_share_a_weight_share_the_packed_one():
+    model = placeholder(LlamaForCausalLM, LlamaConfig(**SMALL, tie_word_embeddings=False))
+    one, other = (f"model.layers.{i}.mlp.up_proj.weight" for i in range(2))
+    model.all_tied_weights_keys = {other: one}
+    found = entries(model, without=(other,))
+    assert found[one].kind == "linear" and other not in found and not is_replaced(model, found[one])
+    swap_parameter(model, one, Int4(), torch.bfloat16)
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    assert first.weight is second.weight and not model.all_tied_weights_keys
 
 
 @pytest.mark.parametrize("training", [True, False])
