@@ -100,13 +100,17 @@ def straight_fill(model: PreTrainedModel, target: str, info: TensorInfo, placeho
     Raises:
         CorruptCheckpoint: the shapes differ.
     """
+    is_conv1d = isinstance(model.get_submodule(target.rpartition(".")[0]), Conv1D) and len(info.shape) == 2
+    if is_conv1d and isinstance(info, PackedTensor) and tuple(placeholder.shape) == info.shape[::-1]:
+        # Whoever packs a transposed layer turns it first, as every library does.
+        return Fill(sources=(info,), targets=(target,), convert=lambda tensors: {target: tensors[0].t()})
     if tuple(placeholder.shape) != info.shape:
         raise CorruptCheckpoint(
             f"{info.path.name}: tensor {info.name!r} has shape {list(info.shape)}, but {type(model).__name__} has "
             f"{list(placeholder.shape)} for {target!r}.",
             hint="config.json and the weights belong to different models; download both again.",
         )
-    if isinstance(model.get_submodule(target.rpartition(".")[0]), Conv1D) and len(info.shape) == 2:
+    if is_conv1d:
         return Fill(sources=(info,), targets=(target,), convert=lambda tensors: {target: tensors[0]})
     return Fill(sources=(info,), targets=(target,))
 

@@ -80,7 +80,8 @@ def entries(source: Source, dtype: str) -> list[Entry]:
             kind = "tied"
         if t.name.endswith(".out_proj.weight") and t.name.replace(".out_proj.weight", ".in_proj_weight") in source.tensors:
             kind = "other"  # torch's MultiheadAttention multiplies by this weight itself; it cannot be swapped
-        turned = kind == "linear" and _is_conv1d(t.name, model_type)
+        # What is packed was turned before.
+        turned = kind == "linear" and _is_conv1d(t.name, model_type) and not isinstance(t, PackedTensor)
         found.append(
             Entry(
                 name=t.name,

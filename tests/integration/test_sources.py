@@ -95,7 +95,8 @@ METHODS = {
         },
     ),
 }
-_LAYER = re.compile(r"\.[a-z0-9]*_proj\.weight$|\.w[123]\.weight$")
+_LAYER = re.compile(r"\.[a-z0-9]*_proj\.weight$|\.w[123]\.weight$|\.(c_attn|c_fc)\.weight$")
+_TURNED = re.compile(r"\.(c_attn|c_fc|c_proj)\.weight$")
 
 
 def write_both(folder: Path, target: Path, method: str) -> tuple[Path, Path]:
@@ -107,7 +108,9 @@ def write_both(folder: Path, target: Path, method: str) -> tuple[Path, Path]:
         if not _LAYER.search(name) or tensor.dim() != 2:
             stored[name] = values[name] = tensor
             continue
-        parts, values[name] = make(tensor)
+        is_turned = _TURNED.search(name) is not None
+        parts, made = make(tensor.t() if is_turned else tensor)
+        values[name] = made.t().contiguous() if is_turned else made
         stored |= {f"{name.removesuffix('weight')}{end}": part.contiguous() for end, part in parts.items()}
     config = json.loads((folder / "config.json").read_text())
     for path, tensors, more in ((packed, stored, {"quantization_config": said}), (plain, values, {})):
@@ -141,6 +144,17 @@ def test_experts_too(checkpoint, tmp_path, method):
     options = {"dtype": "bfloat16", "device_map": "cpu"}
     assert sum(isinstance(info, PackedTensor) for info in open_source(packed).tensors.values()) == 2 * (4 + 4 * 3)
     assert_same(qlazy.load_quantized(packed, **options), qlazy.load_quantized(plain, **options))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transposed_layers_are_packed_the_other_way_round(checkpoint, tmp_path, bits):
+    packed, plain = write_both(checkpoint("gpt2"), tmp_path, "gptq")
+    options = {"dtype": "bfloat16", "device_map": "cpu", "bits": bits, "group_size": 64 if bits == 4 else None}
+    model = qlazy.load_quantized(packed, **options)
+    assert_same(model, qlazy.load_quantized(plain, **options))
+    planned = {t.name: t.shape for t in qlazy.plan(packed, **options).tensors if t.kind == "linear"}
+    held = {t.name: t.shape for t in model.qlazy_report.plan.tensors if t.kind == "linear"}
+    assert sorted(planned.values()) == sorted(held.values()) and len(held) == 8
 
 
 @pytest.mark.parametrize("kept", [None, ["experts"]], ids=["int4", "16 bits"])
