@@ -12,6 +12,7 @@ Each type runs in a process of its own, so that none can spoil another.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -60,58 +61,55 @@ def subjects() -> Iterator[tuple[str, str, str]]:
                     yield kind, model_type, name
 
 
-def build(model_type: str, name: str, *, wide_experts: int = 0) -> Any:
+def build(model_type: str, name: str, *, factor: int = 32, wide_experts: int = 0) -> Any:
     """A tiny random model in float32.
 
     Args:
         model_type: Key of `CONFIG_MAPPING`.
         name: Class.
+        factor: What widths are divided by.
         wide_experts: 2 makes experts hold nearly all bytes, 1 does less, so that fewer configs refuse it.
     Returns:
         The model in evaluation mode.
     Raises:
-        RuntimeError: no factor gives a config that can be built.
+        ValueError: a model of more than 40 million parameters.
     """
     import torch
     import transformers
 
-    from tests.lazy.shrink import FACTORS, tiny_config
+    from tests.lazy.shrink import tiny_config
     from tests.lazy.zoo import _modeling
 
     cls = getattr(transformers, name, None) or getattr(_modeling(model_type), name)
-    problem: Exception | None = None
-    for factor in FACTORS:
-        try:
-            config = tiny_config(model_type, factor, cls.config_class)
-            if wide_experts:
-                widen(
-                    config, MOE if wide_experts == 2 else {key: value for key, value in MOE.items() if not _SHAPES.search(key)}
-                )
-            for part in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
-                if getattr(part, "is_heterogeneous", False):  # what layers have of their own: of one that is still there
-                    own, first = (
-                        part._heterogeneity_spec.per_layer_attributes,
-                        min(part._heterogeneity_spec.per_layer_overrides),
-                    )
-                    if getattr(part, "layer_types", None):
-                        part.layer_types = [part.layer_types[0], type(part)().layer_types[first]]
-                    part.per_layer_config = {1: {key: max(1, int(vars(part)[key]) // 2) for key in own}}
-            if model_type == "dbrx":
-                config.attn_config.clip_qkv = 8.0
-            torch.manual_seed(0)
-            with torch.device("meta"):
-                count = sum(p.numel() for p in cls(tiny_config(model_type, factor, cls.config_class)).parameters())
-            if count > 40e6:
-                raise RuntimeError(f"{count:,} parameters at the smallest")
-            model = cls(config).eval()
-            if model._can_set_experts_implementation():
-                model.set_experts_implementation("eager")  # the fused product wants strides that tiny widths do not have
-            spread(model)
-            return model
-        except Exception as error:
-            problem = problem or error
-    raise RuntimeError(f"{type(problem).__name__}: {problem}")
+    config = tiny_config(model_type, factor, cls.config_class)
+    parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
+    if wide_experts:
+        widen(parts, MOE if wide_experts == 2 else {key: value for key, value in MOE.items() if not _SHAPES.search(key)})
+    for part in parts:
+        for key, value in list(vars(part).items()):
+            if _CHOSEN.search(key) and (value is None or type(value) is int):
+                set_one(part, key, min(value or 2, 2))
+        if getattr(part, "is_heterogeneous", False):  # what layers have of their own: of one that is still there
+            own, first = part._heterogeneity_spec.per_layer_attributes, min(part._heterogeneity_spec.per_layer_overrides)
+            if getattr(part, "layer_types", None):
+                part.layer_types = [part.layer_types[0], type(part)().layer_types[first]]
+            part.per_layer_config = {1: {key: max(1, int(vars(part)[key]) // 2) for key in own}}
+    if model_type == "dbrx":
+        config.attn_config.clip_qkv = 8.0
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
+    if count > 40e6:
+        raise ValueError(f"{count:,} parameters where widths are divided by {factor}")
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the fused product wants strides that tiny widths do not have
+    spread(model)
+    return model
 
+
+_CHOSEN = re.compile(r"experts_per_tok(en)?$|top_?k$|topk$|experts_k$|top_k_experts$")
+"""Words for the number of experts that a token goes to."""
 
 MOE: dict[str, Any] = {
     "moe_intermediate_size": WIDE,
@@ -157,14 +155,13 @@ _SHAPES = re.compile(r"head|hidden_size$|d_model|rank|num_experts_per_tok")
 """Words for shapes outside of experts."""
 
 
-def widen(config: Any, words: dict[str, Any]) -> None:
+def widen(parts: list[Any], words: dict[str, Any]) -> None:
     """Give experts widths and numbers that make them nearly all of the model.
 
     Args:
-        config: Changed in place.
-        words: What to set where the config has it.
+        parts: A config and those in it, changed in place.
+        words: What to set where one has it.
     """
-    parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
     for part in parts:
         values = vars(part)
         if not any("expert" in key or "moe" in key for key in values):
@@ -267,11 +264,14 @@ def run(model_type: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     moe = options.pop("moe", False)
+    from tests.lazy.shrink import FACTORS
+
     rows: list[dict[str, Any]] = []
     for level in (2, 1, 0) if moe else (0,):
-        rows.append(_run(model_type, name, dict(options), level))
-        if rows[-1]["status"] == "loaded" and rows[-1].get("experts"):
-            break
+        for factor in FACTORS:
+            rows.append(_run(model_type, name, dict(options), level, factor))
+            if rows[-1]["status"] == "loaded" and (rows[-1].get("experts") or not moe):
+                return rows[-1]
     return max(rows, key=lambda row: (STATES.index(row["status"]), row.get("experts", 0) > 0, row.get("share", 0.0)))
 
 
@@ -279,16 +279,17 @@ STATES = ("not built", "not saved", "failed", "not called", "loaded")
 """How far a model came."""
 
 
-def _run(model_type: str, name: str, options: dict[str, Any], level: int) -> dict[str, Any]:
+def _run(model_type: str, name: str, options: dict[str, Any], level: int, factor: int) -> dict[str, Any]:
     row: dict[str, Any] = {"model_type": model_type, "class": name}
     try:
-        model = build(model_type, name, wide_experts=level)
+        model = build(model_type, name, factor=factor, wide_experts=level)
     except Exception as error:
         return row | {"status": "not built", "reason": short(error)}
     wanted = None
     for inputs in inputs_of(model):
         try:
             wanted = output_of(model, inputs)
+            row.pop("reason", None)
             break
         except Exception as error:
             row.setdefault("reason", short(error))
@@ -311,8 +312,6 @@ def _run(model_type: str, name: str, options: dict[str, Any], level: int) -> dic
 
 def compare(model: Any, folder: str, inputs: Any, wanted: Any, options: dict[str, Any], form: str) -> dict[str, Any]:
     """Load a folder and compare."""
-    import copy
-
     import torch
 
     import qlazy
