@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qlazy.chunks import Chunk, worker_count
 from qlazy.fill import Fill, row_count, straight_fill
 from qlazy.lazy.log import record_of
-from qlazy.lazy.shard import materialize_rows, materialize_shard
+from qlazy.lazy.shard import is_cuttable, materialize_rows, materialize_shard
 from qlazy.match import Match
 from qlazy.placeholder import construct
 from qlazy.source import Source, TensorInfo
-from qlazy.stream import Chunk, worker_count
+
+RUN_ELEMENTS = 1 << 26
+"""What a worker draws at a time: to jump to where it starts takes as long as drawing some 5 million elements."""
 
 
 class Drawn:
-    """In the place of `Stream`: makes rows and hands them on, in the order in which the generator drew them.
+    """In the place of `Stream`: makes rows and hands them on, in about the order in which the generator drew them.
 
     Args:
         reference: The model as it is built eagerly, without memory.
@@ -31,7 +37,7 @@ class Drawn:
         place: Called with every piece.
         chunk_bytes: Size of the pieces.
 
-    Memory: a piece for each worker and one more; a whole tensor where its operations cannot be cut.
+    Memory: a piece for each worker; a whole tensor, one at a time, where its operations cannot be cut.
     """
 
     def __init__(
@@ -41,6 +47,8 @@ class Drawn:
         self._fills = fills
         self._place = place
         self._chunk_bytes = chunk_bytes
+        self._count = threading.Lock()
+        self._whole = threading.Lock()
         self.bytes_done = 0
 
     def __enter__(self) -> Drawn:
@@ -52,42 +60,80 @@ class Drawn:
         self._tensors.clear()
 
     def __iter__(self) -> Iterator[int]:
-        """Draw here, and place in workers, each with one thread for an operation as in a stream, so that sums are the same.
+        """Draw and place in workers, each with one thread for an operation as in a stream, so that sums are the same.
 
         Yields:
-            Bytes done so far, after each piece.
+            Bytes done so far, after each run of rows.
         """
         workers = worker_count(self._fills)
         with ThreadPoolExecutor(workers, "qlazy-draw", lambda: torch.set_num_threads(1)) as pool:
-            running: set[Future[int]] = set()
-            for fill in self._fills:
-                (name,) = fill.targets
-                for chunk, values in self._pieces(fill, self._tensors[name].detach()):
-                    running.add(pool.submit(self._run, chunk, values))
-                    if len(running) > workers:
-                        ended, running = wait(running, return_when=FIRST_COMPLETED)
-                        self.bytes_done += sum(task.result() for task in ended)
-                        yield self.bytes_done
-            self.bytes_done += sum(task.result() for task in running)
+            running: set[Future[None]] = set()
+            for run in self._runs():
+                running.add(pool.submit(self._make, run))
+                if len(running) > workers:
+                    ended, running = wait(running, return_when=FIRST_COMPLETED)
+                    for task in ended:
+                        task.result()
+                    yield self.bytes_done
+            for task in running:
+                task.result()
         yield self.bytes_done
 
-    def _run(self, chunk: Chunk, values: Tensor) -> int:
-        with torch.no_grad():
-            self._place(chunk, [values])
-        return values.nbytes
+    def _runs(self) -> Iterator[list[_Rows]]:
+        """What each worker makes at a time: rows that are drawn one after the other, across tensors."""
+        run: list[_Rows] = []
+        room = RUN_ELEMENTS
+        for fill in self._fills:
+            (name,) = fill.targets
+            tensor = self._tensors[name].detach()
+            rows, start = tensor.shape[0] if tensor.dim() else 1, 0
+            row = max(1, tensor.numel() // max(1, rows))
+            whole = fill.convert is not None or tensor.dim() == 0 or not is_cuttable(tensor)
+            while start < rows:
+                stop = rows if whole else min(rows, start + self._blocks_of(fill, tensor, room // row))
+                run.append(_Rows(fill, tensor, start, stop, whole))
+                room -= (stop - start) * row
+                start = stop
+                if room <= 0:
+                    yield run
+                    run, room = [], RUN_ELEMENTS
+        yield run
 
-    def _pieces(self, fill: Fill, tensor: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
-        rows = row_count(tuple(tensor.shape))
+    def _make(self, run: list[_Rows]) -> None:
+        for rows in run:
+            with self._whole if rows.whole else contextlib.nullcontext(), torch.no_grad():
+                for chunk, values in self._pieces(rows):
+                    self._place(chunk, [values])
+                    with self._count:
+                        self.bytes_done += values.nbytes
+
+    def _pieces(self, rows: _Rows) -> Iterator[tuple[Chunk, Tensor]]:
+        fill, tensor = rows.fill, rows.tensor
         if fill.convert is not None or tensor.dim() == 0:
-            yield Chunk(fill=fill, start=0, stop=rows), materialize_shard(tensor)
+            yield Chunk(fill=fill, start=0, stop=row_count(tuple(tensor.shape))), materialize_shard(tensor)
             return
         inner = math.prod(tensor.shape[1:-1])
-        row_bytes = tensor.shape[-1] * tensor.element_size() if tensor.dim() > 1 else tensor.element_size()
-        block = fill.row_block // math.gcd(fill.row_block, inner)
-        step = max(1, self._chunk_bytes // max(1, row_bytes * inner * block)) * block
-        for start, values in materialize_rows(tensor, step):
+        row_bytes = inner * tensor.shape[-1] * tensor.element_size() if tensor.dim() > 1 else tensor.element_size()
+        step = self._blocks_of(fill, tensor, self._chunk_bytes // max(1, row_bytes))
+        for start, values in materialize_rows(tensor, step, rows.start, rows.stop):
             values = values.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else values
             yield Chunk(fill=fill, start=start * inner, stop=start * inner + values.shape[0]), values
+
+    def _blocks_of(self, fill: Fill, tensor: Tensor, rows: int) -> int:
+        """So many rows of the first dimension, or fewer, that low-bit layers can take: whole blocks, and at least one."""
+        block = fill.row_block // math.gcd(fill.row_block, math.prod(tensor.shape[1:-1]))
+        return max(1, rows // block) * block
+
+
+class _Rows(NamedTuple):
+    """Rows of one tensor."""
+
+    fill: Fill
+    tensor: Tensor
+    start: int
+    stop: int
+    whole: bool
+    """Whether all of it has to be made at once."""
 
 
 def build_reference(

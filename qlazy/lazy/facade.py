@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from qlazy.errors import UsageError
 from qlazy.lazy.edits import SETTERS_OF_DATA
 from qlazy.lazy.journal import CPU, META, Journal
-from qlazy.lazy.log import Record, map_leaves, record_of
+from qlazy.lazy.log import Record, geometry_of, map_leaves, record_of, tensor_on
+from qlazy.lazy.materialize import materialize, swapped
 from qlazy.lazy.record import Recorder
+from qlazy.lazy.replay import plain
 
 
 class Facade(TorchFunctionMode):
@@ -40,9 +43,16 @@ class Facade(TorchFunctionMode):
         if args and isinstance(args[0], Tensor):
             with torch._C.DisableTorchFunction():
                 record = record_of(args[0])
+        if func in SETTERS_OF_DATA:
+            return _set_data(*args)
         answer = _ANSWERS.get(func)
         if answer is not None and record is not None:
-            return answer(self._journal, record, *args, **kwargs)
+            if record.real is None:
+                return answer(self._journal, record, *args, **kwargs)
+            # An alias of what was materialized meanwhile.
+            with plain():
+                args = (tensor_on(record.real, geometry_of(args[0])), *args[1:])
+            return func(*args, **kwargs)
         asked = next((device for value in (*args, *kwargs.values()) if (device := _as_device(value)) is not None), None)
         if asked is None or func is torch.device or (record is None and args and isinstance(args[0], Tensor)):
             return func(*args, **kwargs)
@@ -109,11 +119,30 @@ def _cpu(journal: Journal, record: Record, tensor: Tensor, **options: Any) -> An
     return tensor if record.device == CPU else journal.on_device(CPU, tensor.to, CPU)
 
 
-def _set_data(journal: Journal, record: Record, tensor: Tensor, value: Tensor) -> None:
-    tensor.data = value
-    moved = record_of(value)
-    if moved is not None:
-        moved.writes = None
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """Put a tensor on another's storage, whether or not they have memory."""
+    with torch._C.DisableTorchFunction():
+        moved = record_of(value)
+        if moved is not None:
+            moved.writes = None
+        if (moved is None) == (record_of(tensor) is None):
+            tensor.data = value
+            return
+    with plain():
+        if swapped(tensor, value) is not tensor:
+            raise UsageError(
+                f"The data of a tensor {list(tensor.shape)} that something holds on to was replaced, while a module was built.",
+                hint="Copy the values: tensor.data.copy_(values).",
+            )
+
+
+def _data_ptr(journal: Journal, record: Record, tensor: Tensor) -> int:
+    """Whoever has an address reads and writes unseen: from here on the tensor has memory."""
+    if record.device != CPU:
+        return 0
+    journal.tell_real("Tensor.data_ptr")
+    with torch._C.DisableTorchFunction():
+        return materialize(tensor).data_ptr()
 
 
 def _tolist(journal: Journal, record: Record, tensor: Tensor) -> Any:
@@ -212,6 +241,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.cuda: _cuda,
     Tensor.cpu: _cpu,
     Tensor.get_device: _get_device,
+    Tensor.data_ptr: _data_ptr,
     Tensor.tolist: _tolist,
     Tensor.numpy: _numpy,
     Tensor.__array__: _array,
@@ -222,5 +252,4 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.new_tensor: _new_tensor,
     Tensor.new: _new,
     Tensor.__deepcopy__: _deepcopy,
-    **dict.fromkeys(SETTERS_OF_DATA, _set_data),
 }

@@ -92,6 +92,9 @@ class Recorder(TorchDispatchMode):
             return meant_for_meta(func(*args, **kwargs))
         if not facts.has_device or kwargs.get("layout") not in (None, torch.strided):
             return func(*args, **kwargs)
+        if func is aten.empty.memory_format and list(args[0]) == [0] and device == CPU:
+            # It takes no memory. Torch begins so what it then puts on a storage, that of a file or a copy of another's.
+            return func(*args, **kwargs)
         meta_args, meta_kwargs = map_leaves(_on_meta, (args, kwargs))
         try:
             result = func(*meta_args, **meta_kwargs | {"device": META})

@@ -151,20 +151,35 @@ def _then(ops: list[Op], values: Tensor) -> Tensor:
     return values
 
 
-def materialize_rows(tensor: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
+def is_cuttable(tensor: Tensor) -> bool:
+    """Whether `materialize_shard` makes a part of a tensor without the rest.
+
+    Args:
+        tensor: Any tensor.
+    Returns:
+        False where the whole has to be made, and for a tensor that has memory.
+    """
+    with plain():
+        record = record_of(tensor)
+        return record is not None and record.real is None and _maker(record, tensor) is not None
+
+
+def materialize_rows(tensor: Tensor, rows: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """The values of a recorded tensor, some rows at a time, in order; it stays as it is.
 
     Args:
         tensor: A tensor built under `lazy_build`, of at least one dimension; the others are one row.
         rows: How many at a time.
+        start: The first row.
+        stop: The row after the last; None for all.
     Yields:
         The first row's number, and the rows.
 
     Memory: some rows, where `materialize_shard` can make a part; the whole tensor otherwise.
     """
-    with plain():
-        record = record_of(tensor)
-        cuttable = record is not None and record.real is None and _maker(record, tensor) is not None
-        whole = tensor if cuttable else materialize_shard(tensor)
-    for start in range(0, tensor.shape[0], rows):
-        yield start, materialize_shard(whole, slice(start, start + rows)) if cuttable else whole[start : start + rows]
+    cuttable = is_cuttable(tensor)
+    whole = tensor if cuttable else materialize_shard(tensor)
+    stop = tensor.shape[0] if stop is None else stop
+    for first in range(start, stop, rows):
+        part = slice(first, min(first + rows, stop))
+        yield first, materialize_shard(whole, part) if cuttable else whole[part]

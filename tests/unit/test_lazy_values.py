@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import io
 import json
 import threading
 import weakref
@@ -11,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -124,6 +127,41 @@ def arrays(m: nn.Module) -> None:
     outside[1] = 9
     m.shared, m.more = shared, nn.Parameter(torch.from_numpy(outside * 2))
     m.register_buffer("from_shared", shared + 1)
+
+
+@constructor
+def addresses(m: nn.Module) -> None:
+    """What compiled code of others reads and writes."""
+    a = torch.zeros(4)
+    part = a[1:]
+    ctypes.memmove(part.data_ptr(), (ctypes.c_float * 2)(7, 8), 8)
+    m.a, m.b, m.read = a, a * 2, (a.tolist(), part.tolist(), float(a.numpy().sum()), a[2].item())
+    a[0] = 3
+    m.w = nn.Linear(2, 2)
+    ctypes.memmove(m.w.weight.data_ptr(), (ctypes.c_float * 2)(7, 8), 8)
+    m.w.weight.data.mul_(2)
+    m.copied = copy.deepcopy(a)
+
+
+REAL = nn.Linear(2, 2)
+
+
+@constructor
+def stored_values(m: nn.Module) -> None:
+    """A constructor that loads pretrained weights."""
+    file, values = io.BytesIO(), {"a": REAL.weight.detach(), "c": torch.arange(3)}
+    torch.save({"a": REAL.weight.detach(), "b": REAL.bias.detach().bfloat16(), "c": REAL}, file)
+    file.seek(0)
+    m.loaded = torch.load(file, weights_only=False)
+    m.tensors = safetensors.torch.load(safetensors.torch.save({"a": REAL.weight.detach()}))
+    m.layer, m.other = nn.Linear(2, 2), nn.Linear(2, 2)
+    m.layer.load_state_dict(REAL.state_dict())
+    m.other.weight.data = m.loaded["a"]
+    m.other.weight.data.mul_(2)
+    m.copied, m.kept = copy.deepcopy(REAL), copy.deepcopy(values["a"])
+    m.kept.data = values["c"] * 2
+    m.empty = torch.empty(0)
+    m.storage = REAL.weight.untyped_storage().clone().tolist()
 
 
 @constructor
