@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlazy import gpu
+
 CPU_BLOCK_ELEMENTS = 1 << 17
 """Weights quantized at a time on a CPU: float32 buffers of this length (512 KiB each) stay in the second-level cache."""
 
@@ -93,14 +95,14 @@ def _candidates(weight: Tensor, *, symmetric: bool, scale_dtype: torch.dtype) ->
     high, low = weight.amax(0), weight.amin(0)
     if symmetric:
         span = torch.maximum(high, low.neg_())
-        factors = SYMMETRIC_FACTORS.to(weight.device).unsqueeze(1)
+        factors = gpu.on_device(SYMMETRIC_FACTORS, weight.device).unsqueeze(1)
         scales = round_scale(span / _number(7.0, span) * factors, span, scale_dtype)
         return scales, torch.full_like(scales, 8.0)
     # Zero has to be a code, so the range always takes in 0.
     low.clamp_(max=0.0)
     high.clamp_(min=0.0)
     span = high - low
-    factors = ASYMMETRIC_FACTORS.to(weight.device).unsqueeze(1)
+    factors = gpu.on_device(ASYMMETRIC_FACTORS, weight.device).unsqueeze(1)
     scales = round_scale(span / _number(15.0, span) * factors, span, scale_dtype)
     # Plain rounding puts the lowest weight on code 0; the others put the middle of the range on the middle of the codes.
     zeros = (high + low).mul_(0.5).div(scales).neg_().add_(7.5)
