@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from qlazy.budget import Budget
 from qlazy.cache import cached
+from qlazy.chunks import CACHED_BYTES, worker_count
 from qlazy.errors import UsageError
 from qlazy.finish import finish
 from qlazy.kept import keep
@@ -37,7 +38,7 @@ from qlazy.saved import verify as verify_folder
 from qlazy.source import Source
 from qlazy.staging import open_gpus
 from qlazy.storage import taken_ahead
-from qlazy.stream import CACHED_BYTES, Stream, worker_count
+from qlazy.stream import Stream
 from qlazy.swap import swap_layers
 from qlazy.trace import Trace
 

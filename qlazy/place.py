@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from qlazy.chunks import Chunk
 from qlazy.errors import CorruptCheckpoint
 from qlazy.fill import Fill, row_count
 from qlazy.plan import GPU_CHUNK_BYTES, Plan
@@ -19,7 +20,6 @@ from qlazy.quant_linear import ROW_BLOCK, NonFiniteError, QuantLinear, require_f
 from qlazy.quant_weight import QuantWeight
 from qlazy.staging import DeviceQueue
 from qlazy.storage import allocate
-from qlazy.stream import Chunk
 
 
 class Placer:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlazy.budget import Budget
+from qlazy.chunks import worker_count
 from qlazy.errors import CorruptCheckpoint
 from qlazy.fill import Fill
 from qlazy.finish import finish
@@ -32,7 +33,7 @@ from qlazy.quant_linear import QuantLinear
 from qlazy.report import LoadReport, Progress
 from qlazy.source import Source
 from qlazy.source_packed import PackedTensor
-from qlazy.stream import Stream, worker_count
+from qlazy.stream import Stream
 from qlazy.swap import swap_layers
 
 

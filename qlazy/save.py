@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from qlazy import __version__
 from qlazy.budget import Budget
+from qlazy.chunks import CACHED_BYTES, Chunk, worker_count
 from qlazy.companions import companions, config_json, gguf_companions
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.fill import Fill, row_count
@@ -40,7 +41,7 @@ from qlazy.saved import SaveReport, already_saved
 from qlazy.shards import StoredTensor, index_json, shard_names, shard_pieces
 from qlazy.source import Source
 from qlazy.source_safetensors import read_header
-from qlazy.stream import CACHED_BYTES, Chunk, Stream, worker_count
+from qlazy.stream import Stream
 from qlazy.swap import swap_layers
 
 SHARD_BYTES = 512 << 20

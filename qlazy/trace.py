@@ -20,8 +20,9 @@ from qlazy.outfile import replacing, require_writable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qlazy.chunks import Chunk
     from qlazy.plan import Plan
-    from qlazy.stream import Chunk, Place
+    from qlazy.stream import Place
 
 
 class Trace:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlazy.budget import Budget
+from qlazy.chunks import Chunk
 from qlazy.errors import CorruptCheckpoint
 from qlazy.fill import Fill
 from qlazy.formats import Int8
@@ -17,7 +18,6 @@ from qlazy.place import Placer
 from qlazy.plan import Plan, TensorPlan
 from qlazy.recipe import Recipe
 from qlazy.source import TensorInfo
-from qlazy.stream import Chunk
 
 ROWS, COLUMNS = 128, 32
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlazy import codebook, layers, place, quant_linear, staging
 from qlazy import stream as stream_module
 from qlazy.budget import Budget
+from qlazy.chunks import by_device, take_turns
 from qlazy.errors import CorruptCheckpoint, DeviceUnavailable
 from qlazy.files import make_ring
 from qlazy.fill import Fill
@@ -29,7 +30,7 @@ from qlazy.plan import SCRATCH_CHUNKS, Plan, TensorPlan
 from qlazy.recipe import Recipe
 from qlazy.source import TensorInfo
 from qlazy.staging import DeviceQueue, open_gpus, page_locked
-from qlazy.stream import Stream, by_device, take_turns
+from qlazy.stream import Stream
 from tests.unit.fake_cuda import FakeCuda
 
 
