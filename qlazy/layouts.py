@@ -94,6 +94,29 @@ def to_stored(
     return stored | {"weight_shape": torch.tensor([rows, columns], dtype=torch.int64)}
 
 
+def cut_rows(fmt: Format, held: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Some rows of a packed weight.
+
+    Args:
+        fmt: How it is packed.
+        held: Its tensors by the names of `Format.storage`.
+        start: First row, a multiple of 8.
+        stop: One past the last, a multiple of 8 or the number of rows.
+    Returns:
+        The same of these rows.
+    Raises:
+        UsageError: rows that cannot be had alone.
+
+    Memory: views.
+    """
+    if isinstance(fmt, Codebook4) or (isinstance(fmt, Int4) and not fmt.symmetric and start % 8):
+        raise UsageError(f"Rows {start} to {stop} of a weight in {fmt.name} cannot be written alone.", hint="Use int8.")
+    cut = {name: tensor[start:stop] for name, tensor in held.items() if name != "weight_zero_point"}
+    if "weight_zero_point" in held:
+        cut["weight_zero_point"] = held["weight_zero_point"][start // 8 : -(-stop // 8)]
+    return cut
+
+
 def quantization_config(
     layout: Layout, packed: Mapping[str, Format], unpacked: Sequence[str], others: Sequence[str]
 ) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from qlazy.errors import UsageError
+from qlazy.expert_names import ExpertRows, expert_names
 from qlazy.fill import Fill
-from qlazy.formats import ITEMSIZE, Format
+from qlazy.formats import ITEMSIZE, Format, packed_nbytes
 from qlazy.layouts import Layout, misfit, quantization_config
 from qlazy.match import Match
+from qlazy.packed_stack import PackedStack
 from qlazy.plan import Plan, TensorPlan
 from qlazy.source import Source
 
@@ -41,6 +43,8 @@ class Output:
     """Its dtype; of a packed weight that of its scales."""
     nbytes: int
     """Bytes that it takes."""
+    rows: ExpertRows | None = None
+    """Which rows of which expert it is, of fused experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,28 +76,31 @@ def make_pieces(model: PreTrainedModel, plan: Plan, match: Match, source: Source
     Memory: names and shapes.
     """
     planned = {tensor.name: tensor for tensor in plan.tensors}
-    together: dict[str, list[Fill]] = {}  # by module, of what is quantized, and else by target
+    groups: dict[str, list[Fill]] = {}  # by module, of what is quantized, and else by target
     for fill in match.fills:
-        places = [_place(target, planned[target]) for target in fill.targets]
-        fills = [fill]
-        for place in places:
-            fills += [other for other in together.get(place, []) if other not in fills]
-        for place in {_place(target, planned[target]) for one in fills for target in one.targets}:
-            together[place] = fills
+        places = {_place(target, planned[target]) for target in fill.targets}
+        joined = {id(group): group for place in places if (group := groups.get(place)) is not None}
+        group = [other for known in joined.values() for other in known] + [fill] if len(joined) != 1 else joined.popitem()[1]
+        if group[-1] is not fill:
+            group.append(fill)
+        for place in [place for place, known in groups.items() if id(known) in joined] if len(joined) > 1 else ():
+            groups[place] = group
+        groups.update(dict.fromkeys(places, group))
     names = [target for fill in match.fills for target in fill.targets]
     keys = hub_names(model, names)
-    pieces, seen = [], set()
-    for fills in together.values():
-        if id(fills[0]) in seen:
-            continue
-        seen |= {id(fill) for fill in fills}
+    stacks = {name: module.stack for name, module in model.named_modules() if isinstance(module, PackedStack)}
+    stacks = {name: stack for name, stack in stacks.items() if stack.experts}
+    by_expert = expert_names(model, stacks)
+    pieces = []
+    for fills in {id(group): group for group in groups.values()}.values():
         targets = list(dict.fromkeys(target for fill in fills for target in fill.targets))
-        kept = source.kind == "safetensors" and all(planned[target].format is None for target in targets)
-        if kept:
-            outputs = [_passed_on(info, planned[fill.targets[0]]) for fill in fills for info in fill.sources]
+        if source.kind == "safetensors" and all(planned[target].format is None for target in targets):
+            stored = {info.name: (info, fill) for fill in fills for info in fill.sources}
+            outputs = [_passed_on(info, planned[fill.targets[0]]) for info, fill in stored.values()]
+            fills = [Fill(sources=(info,), targets=(name,), row_block=fill.row_block) for name, (info, fill) in stored.items()]
         else:
-            outputs = [_made(target, planned[target], fills, keys, source) for target in targets]
-        fills = [straight for fill in fills for straight in _one_by_one(fill)] if kept else fills
+            outputs = [_made(target, planned[target], fills, keys, source) for target in targets if target not in stacks]
+            outputs += [_of_expert(key, rows, planned) for key, rows in by_expert.items() if rows.name in targets]
         pieces.append(Piece(fills=tuple(fills), outputs=tuple(outputs)))
     return pieces
 
@@ -214,10 +221,12 @@ def _made(target: str, planned: TensorPlan, fills: Sequence[Fill], keys: Mapping
     )
 
 
-def _one_by_one(fill: Fill) -> Iterator[Fill]:
-    """Fills of stored tensors by themselves, in place of one that converts them."""
-    for info in fill.sources:
-        yield Fill(sources=(info,), targets=(info.name,), row_block=fill.row_block)
+def _of_expert(key: str, rows: ExpertRows, planned: Mapping[str, TensorPlan]) -> Output:
+    tensor = planned[rows.name]
+    assert tensor.format is not None
+    shape = (rows.stop - rows.start, tensor.shape[-1])
+    nbytes = packed_nbytes(tensor.format, *shape, tensor.dtype)
+    return Output(key=key, name=rows.name, format=tensor.format, shape=shape, dtype=tensor.dtype, nbytes=nbytes, rows=rows)
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:

@@ -24,8 +24,10 @@ from qlazy.finish import finish
 from qlazy.kept import KeptRecipe, renamed
 from qlazy.layouts import from_stored
 from qlazy.mapped import MappedFiles
+from qlazy.mapped_stack import stacked
 from qlazy.match import Match, match_tensors
 from qlazy.memory import Meter, anonymous_bytes
+from qlazy.packed_stack import PackedStack
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder, eager_values
 from qlazy.plan import Plan, resolve_dtype
@@ -149,10 +151,14 @@ class Mapper(Placer):
         self.copied_bytes = 0
         """Bytes of those that had to be copied."""
         devices = {tensor.name: tensor.device for tensor in plan.tensors}
+        stacks: dict[str, list[Fill]] = {}
         for fill in match.fills:
             target, info = fill.targets[0], fill.sources[0]
             path, _, leaf = target.rpartition(".")
             owner = model.get_submodule(path)
+            if isinstance(owner._modules.get(leaf), PackedStack):
+                stacks.setdefault(target, []).append(fill)
+                continue
             if isinstance(owner, QuantLinear) and leaf == "weight":
                 if not isinstance(info, PackedTensor):
                     raise CorruptCheckpoint(f"{info.path.name}: tensor {info.name!r} is not packed, though others are.")
@@ -164,6 +170,12 @@ class Mapper(Placer):
                 self._put(owner, leaf, files.tensor(info).to(held.dtype), devices[target], files)
             else:
                 continue
+            self.mapped.add(target)
+        for target, fills in stacks.items():
+            stack = model.get_submodule(target)
+            assert isinstance(stack, PackedStack)
+            for name, tensor in stacked(stack, fills, files).items():
+                self._put(stack, name, tensor, devices[target], files)
             self.mapped.add(target)
         rest = tuple(tensor for tensor in plan.tensors if tensor.name not in self.mapped)
         super().__init__(model, dataclasses.replace(plan, tensors=rest))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.fill import Fill, row_count
 from qlazy.fingerprint import content_key, fingerprint
 from qlazy.folder import PartialFolder, writing
-from qlazy.layouts import Layout, default_layout, to_stored
+from qlazy.layouts import Layout, cut_rows, default_layout, to_stored
 from qlazy.match import match_tensors
 from qlazy.memory import anonymous_bytes, trim_heap
+from qlazy.packed_stack import PackedStack
 from qlazy.pieces import Output, Piece, cut_shards, describe, make_pieces, require_layout_fits
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder
@@ -172,9 +173,14 @@ def output_tensors(layout: Layout, output: Output, owner: nn.Module) -> dict[str
     if output.format is None:
         held: Tensor = getattr(owner, output.name.rpartition(".")[2])
         return {output.key: held}
-    storage: Any = owner
-    held_by_name = {name: getattr(owner, name) for name in storage.storage}
+    stack = owner._modules.get(output.name.rpartition(".")[2])
+    layer: Any = owner
+    if isinstance(stack, PackedStack):
+        layer = stack.layer(output.rows.expert if output.rows else 0)
+    held_by_name: dict[str, Tensor] = {name: getattr(layer, name) for name in layer.storage}
     rows, columns = output.shape[-2:]
+    if output.rows is not None and rows < layer.out_features:
+        held_by_name = cut_rows(output.format, held_by_name, output.rows.start, output.rows.stop)
     path = output.key.removesuffix(".weight")
     made = to_stored(layout, output.format, held_by_name, rows, columns, getattr(torch, output.dtype))
     return {f"{path}.{name}": tensor for name, tensor in made.items()}
@@ -239,16 +245,26 @@ def _filled(
     with Stream(fills, place, worker_count(fills), drop_page_cache, None, CACHED_BYTES) as stream:
         for done in stream:
             reading(done)
-    made: dict[str, Tensor] = {}
+    made: list[dict[str, Tensor]] = []
     for output in outputs:
         left = placer.rows_left(output.name) if output.name else passed.rows_left(output.key)
         if left:
             raise IncompleteCheckpoint(f"{plan.model_id}: {left} rows of {output.key!r} were never filled.")
         if output.name:
-            made |= output_tensors(layout, output, model.get_submodule(output.name.rpartition(".")[0]))
+            made.append(output_tensors(layout, output, model.get_submodule(output.name.rpartition(".")[0])))
         else:
-            made[output.key] = passed.tensors[output.key]
-    return made
+            made.append({output.key: passed.tensors[output.key]})
+    # All experts' words, then all their scales, and so on: so a stack of them is one stretch of the file.
+    return {key: tensor for piece in _by_stack(outputs, made) for key, tensor in piece}
+
+
+def _by_stack(outputs: Sequence[Output], made: Sequence[dict[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    stacks: dict[str, list[dict[str, Tensor]]] = {}
+    for output, tensors in zip(outputs, made, strict=True):
+        stacks.setdefault(output.rows.name if output.rows else output.key, []).append(tensors)
+    for alike in stacks.values():
+        for column in zip(*(tensors.items() for tensors in alike), strict=True):
+            yield list(column)
 
 
 def _file_order(fill: Fill) -> tuple[str, int]:
@@ -283,10 +299,12 @@ class _Passed:
 
 def _empty(model: nn.Module, shard: Sequence[Piece]) -> None:
     """Take the storage of what has been written away."""
-    for output in (output for piece in shard for output in piece.outputs if output.name):
-        path, _, leaf = output.name.rpartition(".")
+    for name in {output.name for piece in shard for output in piece.outputs if output.name}:
+        path, _, leaf = name.rpartition(".")
         owner: Any = model.get_submodule(path)
-        for name in owner.storage if output.format is not None else [leaf]:
-            held = getattr(owner, name)
+        packed = owner._modules.get(leaf, owner)
+        keys = list(packed.storage) if hasattr(packed, "storage") else [leaf]
+        for key in keys:
+            held = getattr(packed, key)
             empty = torch.empty_like(held, device="meta")
-            setattr(owner, name, nn.Parameter(empty, requires_grad=False) if isinstance(held, nn.Parameter) else empty)
+            setattr(packed, key, nn.Parameter(empty, requires_grad=False) if isinstance(held, nn.Parameter) else empty)

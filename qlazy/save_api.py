@@ -62,7 +62,7 @@ def save_quantized(
         double_quant: NF4 and FP4 with absmax in 8 bits.
         head_bits: Bits of an output head that is not tied to the embedding: by default 8, and 16 where the layout has no room
             for a second format.
-        modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
+        modules_to_not_convert: Modules kept in the model's dtype beside the defaults; under `bitsandbytes` experts are too.
         dtype: `auto` or a torch dtype name, for what is not quantized.
         max_shard_size: Bytes or size of a file.
         force: Replace a folder that holds something.
@@ -164,5 +164,8 @@ def save_recipe(
     if head_bits is None:
         one_format = layout in ("bitsandbytes", "gptq") or weights in ("nf4", "fp4")
         head_bits = 16 if one_format else 8
+    if layout == "bitsandbytes" or weights in ("nf4", "fp4"):
+        # Its readers have no layer for fused experts.
+        options["modules_to_not_convert"] = [*(options.get("modules_to_not_convert") or ()), "experts"]
     bits = bits if bits is not None else (8 if weights == "int8" else 4)
     return make_recipe(bits=bits, format=weights, symmetric=symmetric, head_bits=head_bits, **options)

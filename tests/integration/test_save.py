@@ -88,6 +88,21 @@ def test_other_architectures_reopen(checkpoint, save, name, options):
     require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"format": "gptq"}, {"weights": "nf4"}], ids=str)
+def test_experts_reopen(checkpoint, save, name, options):
+    folder = save(name, **options)
+    more = {"modules_to_not_convert": ["experts"]} if "weights" in options else {}
+    loaded = qlazy.load_quantized(checkpoint(name), device_map="cpu", **load_options(options), **more)
+    require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
+    # Each expert has tensors of its own, under the names of the checkpoint.
+    assert set(open_source(folder).tensors) == set(open_source(checkpoint(name)).tensors)
+
+
+def test_experts_are_mapped_too(save):
+    assert qlazy.load_quantized(save("mixtral", head_bits=16), device_map="cpu").qlazy_report.bytes_read == 0
+
+
 UNCHANGED: list[dict[str, Any]] = [
     {"head_bits": 16},
     {"symmetric": True, "head_bits": 4},
