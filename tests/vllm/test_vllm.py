@@ -83,6 +83,11 @@ class Server:
         if not self._ready.wait(600) or self._process.poll() is not None:
             self.__exit__()
             raise AssertionError("vLLM did not start:\n" + "".join(self._log[-60:]))
+        while not self._listens():  # it says that it is complete a moment before it listens
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.2)
+                self.__exit__()
+                raise AssertionError("vLLM ended:\n" + "".join(self._log[-60:]))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -90,6 +95,13 @@ class Server:
             os.killpg(self._process.pid, signal.SIGTERM)
         self._process.wait()
         self._reader.join()
+
+    def _listens(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.address}/health", timeout=60):
+                return True
+        except OSError:
+            return False
 
     def _read(self) -> None:
         with self._process.stdout as lines:  # type: ignore[union-attr]
