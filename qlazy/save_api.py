@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlazy.errors import UsageError
@@ -33,6 +33,8 @@ def save_quantized(
     symmetric: bool | None = None,
     double_quant: bool = True,
     head_bits: int | None = None,
+    embedding_bits: int = 16,
+    module_bits: Mapping[str, int | str] | None = None,
     modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
     dtype: str = "auto",
     max_shard_size: str | int = "512MiB",
@@ -62,6 +64,8 @@ def save_quantized(
         double_quant: NF4 and FP4 with absmax in 8 bits.
         head_bits: Bits of an output head that is not tied to the embedding: by default 8, and 16 where the layout has no room
             for a second format.
+        embedding_bits: Bits of token embeddings, and of output heads tied to them: 16 keeps them, or 8, or 4.
+        module_bits: Bits by name or glob of modules.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults; under `bitsandbytes` experts are too.
         dtype: `auto` or a torch dtype name, for what is not quantized.
         max_shard_size: Bytes or size of a file.
@@ -96,6 +100,8 @@ def save_quantized(
         symmetric=symmetric,
         double_quant=double_quant,
         head_bits=head_bits,
+        embedding_bits=embedding_bits,
+        module_bits=module_bits,
         modules_to_not_convert=modules_to_not_convert,
     )
 

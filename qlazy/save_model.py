@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from qlazy import __version__
 from qlazy.companions import companions, config_json
 from qlazy.errors import UsageError
+from qlazy.expert_names import ExpertRows, expert_names
 from qlazy.folder import writing
 from qlazy.formats import Format, packed_nbytes
-from qlazy.layouts import Layout, default_layout, misfit, quantization_config, to_stored
+from qlazy.layouts import Layout, cut_rows, default_layout, misfit, quantization_config, to_stored
+from qlazy.packed_stack import PackedStack
 from qlazy.quant_linear import QuantLinear
 from qlazy.save import SHARD_BYTES, stored, write_index
 from qlazy.saved import SaveReport
@@ -30,25 +33,14 @@ from qlazy.shards import shard_names, shard_pieces
 
 @dataclass(frozen=True, kw_only=True)
 class _Held:
-    """One tensor of a loaded model, or a packed weight."""
+    """One tensor of a loaded model, a packed weight, or the packed weights of all experts of a layer."""
 
     key: str
     """Its name on disk; of a packed weight the name that the weight would have."""
-    tensor: Tensor | None
-    """None where a layer has it packed."""
-    layer: QuantLinear | None
-    """That layer."""
     nbytes: int
     """Bytes that it takes."""
-
-    def tensors(self, layout: Layout) -> dict[str, Tensor]:
-        if self.layer is None:
-            assert self.tensor is not None
-            return {self.key: self.tensor}
-        if not _fits(layout, self.layer, self.key):
-            return {self.key: self.layer.dequantize()}
-        path = self.key.removesuffix(".weight")
-        return {f"{path}.{name}": tensor for name, tensor in layer_tensors(layout, self.layer).items()}
+    tensors: Callable[[Layout], dict[str, Tensor]]
+    """What is written of it."""
 
 
 def save_model(
@@ -119,9 +111,10 @@ def model_layout(model: nn.Module) -> Layout:
         UsageError: it has no low-bit layers.
     """
     counts: dict[Layout, int] = {}
-    for layer in _layers(model).values():
-        own = default_layout(layer.format)
-        counts[own] = counts.get(own, 0) + layer.in_features * layer.out_features
+    found: list[QuantLinear | PackedStack] = [*_layers(model).values(), *_stacks(model).values()]
+    for packed in found:
+        own = default_layout(packed.format)
+        counts[own] = counts.get(own, 0) + sum(getattr(packed, name).nbytes for name in packed.storage)
     if not counts:
         raise UsageError(
             f"{type(model).__name__} has no low-bit layers.",
@@ -139,13 +132,25 @@ def model_config(layout: Layout, model: PreTrainedModel) -> dict[str, Any]:
     Returns:
         The config.
     """
-    packed: dict[str, Format] = {path: layer.format for path, layer in _layers(model).items() if _fits(layout, layer)}
+    layers, stacks = _layers(model), _stacks(model)
+    packed: dict[str, Format] = {}
+    for path, layer in layers.items():
+        if not misfit(layout, layer.format, layer.out_features, layer.in_features):
+            packed[path] = layer.format
+    tables = []
+    for name, stack in stacks.items():
+        for key, at in _names(model, name, stack).items():
+            if not misfit(layout, stack.format, at.stop - at.start, stack.stack.columns):
+                packed[key.removesuffix(".weight")] = stack.format
+        if not stack.stack.experts and not misfit(layout, stack.format, stack.stack.rows, stack.stack.columns):
+            tables.append(name.removesuffix(".weight"))
+            packed[tables[-1]] = stack.format
     linear = [path for path, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, QuantLinear)]
-    return quantization_config(layout, packed, [path for path in linear if path not in packed], [])
+    return quantization_config(layout, packed, [path for path in linear if path not in packed], tables)
 
 
 def model_tensors(layout: Layout, model: PreTrainedModel) -> dict[str, Tensor]:
-    """A loaded model's state as a folder of this layout has it, by its names in the model.
+    """A loaded model's state as a folder of this layout has it, by its names in the model; of experts by those on disk.
 
     Args:
         layout: Whose layout.
@@ -155,69 +160,93 @@ def model_tensors(layout: Layout, model: PreTrainedModel) -> dict[str, Tensor]:
 
     Memory: views; a copy of what the layout has in another order.
     """
-    layers = _layers(model)
-    made: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        path, _, leaf = name.rpartition(".")
-        if path not in layers or leaf not in layers[path].storage:
-            made[name] = tensor
-    for path, layer in layers.items():
-        if _fits(layout, layer, path):
-            made |= {f"{path}.{name}": tensor for name, tensor in layer_tensors(layout, layer).items()}
-        else:
-            made[f"{path}.weight"] = layer.dequantize()
+    made = _plain_state(model)
+    for path, layer in _layers(model).items():
+        made |= _layer_tensors(layout, layer, f"{path}.weight")
+    for name, stack in _stacks(model).items():
+        made |= _stack_tensors(layout, stack, _names(model, name, stack), name)
     return made
 
 
-def layer_tensors(layout: Layout, layer: QuantLinear) -> dict[str, Tensor]:
-    """What is written of one layer.
-
-    Args:
-        layout: Whose layout.
-        layer: A layer that it can hold.
-    Returns:
-        Tensors by their name after the layer's.
-
-    Memory: as `to_stored`.
-    """
-    held: dict[str, Tensor] = {name: getattr(layer, name) for name in layer.storage}
-    return to_stored(layout, layer.format, held, layer.out_features, layer.in_features, layer.dtype)
-
-
-def _fits(layout: Layout, layer: QuantLinear, warn_of: str = "") -> bool:
-    """Whether a layout can hold a layer; where it cannot, the layer is written in the model's dtype, and a warning says so."""
-    reason = misfit(layout, layer.format, layer.out_features, layer.in_features)
-    if reason and warn_of:
+def _layer_tensors(layout: Layout, layer: QuantLinear, key: str, rows: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """What is written of one layer, or of some of its rows; in the model's dtype where the layout has no room for it."""
+    start, stop = rows or (0, layer.out_features)
+    reason = misfit(layout, layer.format, stop - start, layer.in_features)
+    if reason:
         dtype = str(layer.dtype).removeprefix("torch.")
-        warnings.warn(f"{warn_of.removesuffix('.weight')} {reason}: it is written in {dtype}.", stacklevel=2)
-    return not reason
+        warnings.warn(f"{key.removesuffix('.weight')} {reason}: it is written in {dtype}.", stacklevel=2)
+        return {key: layer.dequantize()[start:stop].contiguous()}
+    held: dict[str, Tensor] = {name: getattr(layer, name) for name in layer.storage}
+    if stop - start < layer.out_features:
+        held = cut_rows(layer.format, held, start, stop)
+    path = key.removesuffix(".weight")
+    made = to_stored(layout, layer.format, held, stop - start, layer.in_features, layer.dtype)
+    return {f"{path}.{name}": tensor for name, tensor in made.items()}
+
+
+def _stack_tensors(layout: Layout, stack: PackedStack, names: Mapping[str, ExpertRows], whole: str) -> dict[str, Tensor]:
+    """What is written of a stack: all experts' words, then all their scales, and so on; or a table that is no stack."""
+    if not stack.stack.experts:
+        return _layer_tensors(layout, stack.layer(), whole)
+    made = [_layer_tensors(layout, stack.layer(at.expert), key, (at.start, at.stop)) for key, at in names.items()]
+    columns = zip(*(tensors.items() for tensors in made), strict=True)
+    return {key: tensor for column in columns for key, tensor in column}
+
+
+def _names(model: PreTrainedModel, name: str, stack: PackedStack) -> dict[str, ExpertRows]:
+    return expert_names(model, {name: stack.stack}) if stack.stack.experts else {}
 
 
 def _layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def _held(model: PreTrainedModel) -> list[_Held]:
-    """All that a folder holds of a model, under the names of its checkpoints; tied tensors once."""
-    layers = _layers(model)
-    marks = {f"{path}.weight": torch.empty(0, device="meta") for path in layers}
+def _stacks(model: nn.Module) -> dict[str, PackedStack]:
+    """By the name of the parameter that each stands for; one that is tied under its first name."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedStack)}
+
+
+def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The part of a model's state that is not packed; tied tensors once."""
     tied = getattr(model, "all_tied_weights_keys", {})
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name not in tied and name.rpartition(".")[2] not in getattr(layers.get(name.rpartition(".")[0]), "storage", {})
+    packed = {
+        f"{path}.{name}"
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantLinear | PackedStack)
+        for name in module.storage
     }
-    by_mark = {id(mark): layers[name.removesuffix(".weight")] for name, mark in marks.items()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in packed and name not in tied}
+
+
+def _held(model: PreTrainedModel) -> list[_Held]:
+    """All that a folder holds of a model, under the names of its checkpoints."""
+    layers, stacks = _layers(model), _stacks(model)
+    tables = {name: stack for name, stack in stacks.items() if not stack.stack.experts}
+    marks = {name: torch.empty(0, device="meta") for name in [*(f"{path}.weight" for path in layers), *tables]}
+    by_mark = {id(mark): name for name, mark in marks.items()}
     found = []
-    for key, tensor in revert_weight_conversion(model, state | marks).items():
-        layer = by_mark.get(id(tensor))
-        if layer is None:
-            found.append(_Held(key=key, tensor=tensor, layer=None, nbytes=tensor.nbytes))
-        else:
-            dtype = str(layer.dtype).removeprefix("torch.")
-            nbytes = packed_nbytes(layer.format, layer.out_features, layer.in_features, dtype)
-            found.append(_Held(key=key, tensor=None, layer=layer, nbytes=nbytes))
+    for key, tensor in revert_weight_conversion(model, _plain_state(model) | marks).items():
+        name = by_mark.get(id(tensor))
+        if name is None:
+            found.append(_Held(key=key, nbytes=tensor.nbytes, tensors=functools.partial(_as_it_is, key, tensor)))
+            continue
+        layer = tables[name].layer() if name in tables else layers[name.removesuffix(".weight")]
+        packed = functools.partial(_layer_tensors, layer=layer, key=key)
+        found.append(_Held(key=key, nbytes=_nbytes(layer.format, layer.out_features, layer), tensors=packed))
+    for name, stack in stacks.items():
+        if name not in tables:
+            rows = stack.stack.count * stack.stack.rows
+            several = functools.partial(_stack_tensors, stack=stack, names=_names(model, name, stack), whole=name)
+            found.append(_Held(key=name, nbytes=_nbytes(stack.format, rows, stack.layer()), tensors=several))
     return found
+
+
+def _as_it_is(key: str, tensor: Tensor, layout: Layout) -> dict[str, Tensor]:
+    return {key: tensor}
+
+
+def _nbytes(fmt: Format, rows: int, layer: QuantLinear) -> int:
+    return packed_nbytes(fmt, rows, layer.in_features, str(layer.dtype).removeprefix("torch."))
 
 
 def _shards(held: list[_Held], shard_bytes: int) -> Iterator[list[_Held]]:

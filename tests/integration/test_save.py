@@ -322,3 +322,28 @@ def test_cache_notices_a_changed_source(copied, tmp_path, monkeypatch):
     shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
     qlazy.load_quantized(source, device_map="cpu", cache=True)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
+def test_loaded_experts_are_saved_as_their_source_is(checkpoint, save, tmp_path, name, options):
+    loaded = qlazy.load_quantized(checkpoint(name), device_map="cpu", **options)
+    qlazy.save_quantized(loaded, tmp_path / "loaded", max_shard_size=60_000)
+    loaded.save_pretrained(tmp_path / "pretrained")
+    expected = set(open_source(save(name, **options)).tensors)
+    for folder in (tmp_path / "loaded", tmp_path / "pretrained"):
+        assert set(open_source(folder).tensors) == expected
+        require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("embedding_bits", [8, 4])
+def test_packed_embeddings_reopen(checkpoint, save, tmp_path, name, embedding_bits):
+    loaded = qlazy.load_quantized(checkpoint(name), device_map="cpu", embedding_bits=embedding_bits)
+    folder = save(name, embedding_bits=embedding_bits)
+    require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
+    qlazy.save_quantized(loaded, tmp_path / "loaded")
+    require_equal(loaded, qlazy.load_quantized(tmp_path / "loaded", device_map="cpu"))
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    (group,) = [group for group in groups if "model.embed_tokens" in group["targets"]]
+    assert group["weights"]["num_bits"] == embedding_bits
