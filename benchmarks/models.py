@@ -372,6 +372,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="model types, separated by commas")
     parser.add_argument("--kind", default="", help="one of " + ", ".join(KINDS))
     parser.add_argument("--moe", action="store_true", help="families with fused experts, which hold nearly all bytes")
+    parser.add_argument("--skip", type=Path, nargs="*", default=[], help="rows of earlier runs; what loaded there is left out")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", default="", help="file for all rows")
     parser.add_argument("--options", default='{"embedding_bits": 8}', help="of load_quantized, as JSON")
@@ -386,7 +387,9 @@ def main() -> None:
         wanted = [("experts", model_type, name) for model_type, name in moe_subjects()]
     else:
         wanted = [s for s in subjects() if not given.kind or s[0] == given.kind]
-    wanted = [s for s in wanted if not only or s[1] in only]
+    before = [row for file in given.skip for row in json.loads(file.read_text()) if row["status"] == "loaded"]
+    done = {(row["kind"], row["model_type"], row["class"]) for row in before}
+    wanted = [s for s in wanted if (not only or s[1] in only) and s not in done]
     options = json.loads(given.options) | ({"moe": True} if given.moe else {})
     rows = []
     pool = multiprocessing.get_context("spawn").Pool(given.jobs, maxtasksperchild=12)
