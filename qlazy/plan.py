@@ -58,7 +58,7 @@ GPU_RING_BYTES = 128 << 20
 """Staging ring of a load to GPUs, on the host."""
 
 GPU_CHUNK_BYTES = 16 << 20
-"""One slot of it, and one scratch chunk: large, as each takes the host some 0.2 ms, in which a GPU copies 5 to 10 MiB."""
+"""One slot of it, and one scratch chunk: larger than for the host, as a GPU copies it in less than a millisecond."""
 
 SCRATCH_CHUNKS = 3
 """Chunks on a GPU: one that is copied to, one that is quantized, and one to spare, so that neither waits for the other."""
