@@ -46,6 +46,28 @@ def test_quickstart(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+LAZY = {
+    "lazy_module": ("a shard of the embedding: those of eager construction", "the buffer alone was made again"),
+    "lazy_timm": ("152 of 152 tensors without memory", "drawn: head.weight, head.bias", "The same output"),
+    "lazy_diffusers": ("FLUX.1: 11.9 B parameters, built without memory", "eager construction's values"),
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_lazy(tmp_path, name):
+    library = name.removeprefix("lazy_")
+    if library != "module" and importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    # Where torchvision, which timm imports, was built for another torch, its operators are missing.
+    declared = "import runpy, sys; from tests.lazy.torchvision_ops import declare; declare()"
+    start = f"{declared}; runpy.run_path(sys.argv[1], None, '__main__')"
+    command = [sys.executable, "-c", start, str(ROOT / "examples" / f"{name}.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(words in done.stdout for words in LAZY[name])
+    assert list(tmp_path.iterdir()) == []
+
+
 @needs_server
 def test_transformers_server_is_still_what_the_example_expects():
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
