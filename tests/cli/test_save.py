@@ -1,0 +1,45 @@
+"""`qlazy save`: what is written and said, and that what was written runs."""
+
+from __future__ import annotations
+
+
+def test_save_run_and_save_again(qlazy, tiny, tmp_path):
+    folder = tmp_path / "saved"
+    done = qlazy("save", tiny, folder)
+    assert done.code == 0 and done.out == ""
+    assert f"{folder}: " in done.err and "in 1 file, compressed-tensors" in done.err
+    assert f"Next: qlazy run {folder}" in done.err
+    assert (folder / "tokenizer.json").is_file() and (folder / "qlazy.json").is_file()
+    run = qlazy("run", folder, "the sea", "--max-new-tokens", "4", "--verify")
+    assert run.code == 0 and run.out.strip()
+    again = qlazy("save", tiny, folder, "--json")
+    assert again.json["shards_resumed"] == again.json["shards"] == 1
+
+
+def test_layout_is_told_by_the_weights_or_by_hand(qlazy, tiny, tmp_path):
+    assert qlazy("save", tiny, tmp_path / "nf4", "--format", "nf4", "--json").json["layout"] == "bitsandbytes"
+    assert qlazy("save", tiny, tmp_path / "gptq", "--as", "gptq", "--json").json["layout"] == "gptq"
+    plan = qlazy("plan", tmp_path / "gptq", "--json").json
+    formats = {tensor["format"] for tensor in plan["tensors"] if "mlp" in tensor["name"]}
+    assert formats == {"int4-g32-sym"}
+
+
+def test_refusals(qlazy, tiny, tmp_path):
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "notes.txt").write_text("mine")
+    done = qlazy("save", tiny, held)
+    assert done.code == 2 and "is not empty: it holds notes.txt" in done.err and "--force" in done.err
+    done = qlazy("save", tiny, tmp_path / "other", "--as", "awq")
+    assert done.code == 2 and "There is no layout 'awq'" in done.err
+    done = qlazy("save", tmp_path / "absent", tmp_path / "other")
+    assert done.code == 3
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["held"]
+
+
+def test_cache(qlazy, tiny, tmp_path):
+    settings = {"QLAZY_CACHE": str(tmp_path / "cache")}
+    first = qlazy("load", tiny, "--cache", "--prompt", "", "--json", env=settings)
+    second = qlazy("load", tiny, "--cache", "--prompt", "", "--json", env=settings)
+    assert first.code == second.code == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
