@@ -69,6 +69,7 @@ TORCH_FREE = [
     "qlazy.source_hub",
     "qlazy.source_hub_client",
     "qlazy.source_index",
+    "qlazy.source_quantized",
     "qlazy.source_safetensors",
     "qlazy.trace",
 ]
