@@ -67,7 +67,7 @@ def load_once(folder: Path, import_bytes: int, **options: Any) -> tuple[Any, dic
     """A model, and what loading it took."""
     import qlazy
 
-    before = torch.cuda.memory_allocated()
+    before, asked_before = torch.cuda.memory_allocated(), _requested("current")
     model = qlazy.load_quantized(folder, device_map="cuda:0", max_model_len=1024, **options)
     report = model.qlazy_report
     planned = next(device for device in report.plan.devices if device.device == "cuda:0")
@@ -79,9 +79,15 @@ def load_once(folder: Path, import_bytes: int, **options: Any) -> tuple[Any, dic
         "host_peak_bytes": report.host_peak_bytes,
         "host_peak_above_import_bytes": max(nbytes for _, nbytes in report.samples) - import_bytes,
         "device_peak_bytes": report.device_peak_bytes["cuda:0"] - before,
+        "device_requested_peak_bytes": _requested("peak") - asked_before,
         "weight_bytes": report.plan.weight_bytes,
         "planned_staging_bytes": planned.staging_bytes,
     }
+
+
+def _requested(which: str) -> int:
+    """Bytes that were asked for; PyTorch's allocator rounds a large tensor up by as much as a MiB."""
+    return int(torch.cuda.memory_stats().get(f"requested_bytes.all.{which}", 0))
 
 
 def free(model: Any) -> None:
