@@ -4,9 +4,9 @@
 
 The model is the demo model with its channels shuffled (`shuffle_channels.py` says why), its weights rounded to bfloat16.
 Every row replaces the weight of each Linear layer (the head is kept) by what the format makes of it, rounded to bfloat16;
-everything is computed in float32, the reference too. The text is `text.txt`, in windows of 512 tokens. KL is the mean over
-predicted tokens in nats with its standard error; the difference to NF4 is paired token by token, which takes most of the noise
-out.
+everything is computed in float32, the reference too. The text, the windows and the figures are those of `qlazy ppl`: KL is the
+mean over predicted tokens in nats with its standard error, told by blocks of 32 tokens; the difference to NF4 is paired token
+by token, which takes most of the noise out.
 
 `--heads` asks what an output head costs: a copy of the model whose head is a tensor of its own, with the head in 16 bits and in
 several formats, and the difference to 16 bits paired in the same way.
@@ -30,11 +30,13 @@ from shuffle_channels import save_shuffled_demo
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlazy.estimate import mean
 from qlazy.formats import Codebook4, Format, Int4, Int8
+from qlazy.logits import record_logits
+from qlazy.quality import score, summarize
 from qlazy.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from qlazy.windows import TEXT, cut
 
-TEXT = Path(__file__).with_name("text.txt")
-WINDOW_TOKENS = 512
 BASELINE = "nf4"
 PLAIN = "bfloat16"
 """Nothing is quantized."""
@@ -104,18 +106,15 @@ def measure(folder: Path, names: list[str], heads: tuple[str, ...] = (PLAIN,)) -
         Rows in the order of `names`, for each of them those of `heads`.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(TEXT.read_text())["input_ids"])
-    windows = [window for window in tokens.split(WINDOW_TOKENS) if len(window) > 1]
-    targets = torch.cat([window[1:] for window in windows])
+    windows = cut(AutoTokenizer.from_pretrained(folder), TEXT.read_text("utf-8"))
     head = model.get_output_embeddings()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     weights = {n: m.weight.to(torch.bfloat16) for n, m in linears.items()}
     head_weight = head.weight.to(torch.bfloat16)
     elements = sum(w.numel() for w in weights.values())
-    reference = [_log_probabilities(model, window).to(torch.float32) for window in windows]
-    top = torch.cat([r.argmax(-1) for r in reference])
-    perplexity = _perplexity(torch.cat([_of_target(r, w) for r, w in zip(reference, windows, strict=True)]))
-    print(f"{len(targets)} predicted tokens; 16-bit perplexity {perplexity:.3f}; {elements:,} weights", flush=True)
+    reference = record_logits(model, windows)
+    perplexity = summarize(score(model, windows), windows).perplexity.value
+    print(f"{windows.tokens} predicted tokens; 16-bit perplexity {perplexity:.3f}; {elements:,} weights", flush=True)
 
     baseline: Tensor | None = None
     for name, head_name in itertools.product(names, heads):
@@ -129,25 +128,22 @@ def measure(folder: Path, names: list[str], heads: tuple[str, ...] = (PLAIN,)) -
         for key, weight in weights.items():
             squares += float((linears[key].weight - weight).square().sum())
             total += float(weight.to(torch.float32).square().sum())
-        divergences, likelihoods, tops = [], [], []
-        for window, expected in zip(windows, reference, strict=True):
-            got = _log_probabilities(model, window)
-            divergences.append((expected.exp() * (expected - got)).sum(-1))
-            likelihoods.append(_of_target(got, window))
-            tops.append(got.argmax(-1))
-        kl = torch.cat(divergences)
-        baseline = kl if baseline is None else baseline
+        scores = score(model, windows, reference)
+        quality = summarize(scores, windows)
+        assert scores.kl is not None and quality.kl_mean is not None and quality.same_top is not None
+        baseline = scores.kl if baseline is None else baseline
+        less = mean(baseline - scores.kl, windows.blocks)
         yield Row(
             name=name,
             head=head_name,
             head_bytes=head_bytes,
             bits_per_weight=nbytes * 8 / elements,
-            kl=float(kl.mean()),
-            kl_error=_standard_error(kl),
-            less_than_baseline=float((baseline - kl).mean()),
-            less_than_baseline_error=_standard_error(baseline - kl),
-            perplexity=_perplexity(torch.cat(likelihoods)),
-            same_top=float((torch.cat(tops) == top).float().mean()),
+            kl=quality.kl_mean.value,
+            kl_error=quality.kl_mean.error,
+            less_than_baseline=less.value,
+            less_than_baseline_error=less.error,
+            perplexity=quality.perplexity.value,
+            same_top=quality.same_top.value,
             squared_error=squares / total,
             quantize_seconds=seconds,
         )
@@ -162,23 +158,6 @@ def _set(linear: Any, weight: Tensor, name: str) -> int:
     used = fmt.for_columns(weight.shape[1])
     linear.weight.copy_(roundtrip(weight, used))
     return sum(s.nbytes for s in used.storage(*weight.shape, "bfloat16").values())
-
-
-def _log_probabilities(model: Any, window: Tensor) -> Tensor:
-    logits: Tensor = model(window.unsqueeze(0)).logits[0, :-1]
-    return logits.log_softmax(-1)
-
-
-def _of_target(log_probabilities: Tensor, window: Tensor) -> Tensor:
-    return log_probabilities.gather(1, window[1:].unsqueeze(1)).squeeze(1)
-
-
-def _perplexity(likelihoods: Tensor) -> float:
-    return float(likelihoods.mean().neg().exp())
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5)
 
 
 def _bitsandbytes(weight: Tensor, fmt: Codebook4) -> Tensor:

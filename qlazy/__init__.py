@@ -20,11 +20,22 @@ if TYPE_CHECKING:
     from qlazy.errors import QlazyError
     from qlazy.hf import QlazyConfig
     from qlazy.lazy import lazy_build, materialize
+    from qlazy.quality import perplexity
     from qlazy.save_api import save_quantized
 
 __version__ = "0.1.0"
 
-__all__ = ["QlazyConfig", "QlazyError", "__version__", "lazy_build", "load_quantized", "materialize", "plan", "save_quantized"]
+__all__ = [
+    "QlazyConfig",
+    "QlazyError",
+    "__version__",
+    "lazy_build",
+    "load_quantized",
+    "materialize",
+    "perplexity",
+    "plan",
+    "save_quantized",
+]
 
 _HOMES = {
     "QlazyConfig": "qlazy.hf",
@@ -32,6 +43,7 @@ _HOMES = {
     "lazy_build": "qlazy.lazy",
     "load_quantized": "qlazy.api",
     "materialize": "qlazy.lazy",
+    "perplexity": "qlazy.quality",
     "plan": "qlazy.api",
     "save_quantized": "qlazy.save_api",
 }

@@ -36,7 +36,7 @@ EXIT_CODES = {
 }
 """What each exit code says."""
 
-ORDER = ("plan", "load", "save", "run", "chat", "bench", "tune", "doctor", "configs", "models")
+ORDER = ("plan", "load", "save", "run", "chat", "bench", "ppl", "tune", "doctor", "configs", "models")
 """Commands in the order of the help text."""
 
 _UsageProblem: type = typer.BadParameter.__mro__[1]

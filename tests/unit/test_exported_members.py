@@ -11,7 +11,17 @@ import pytest
 
 import qlazy
 
-PUBLIC = ["QlazyConfig", "QlazyError", "__version__", "lazy_build", "load_quantized", "materialize", "plan", "save_quantized"]
+PUBLIC = [
+    "QlazyConfig",
+    "QlazyError",
+    "__version__",
+    "lazy_build",
+    "load_quantized",
+    "materialize",
+    "perplexity",
+    "plan",
+    "save_quantized",
+]
 
 
 def test_public_names_are_frozen():
