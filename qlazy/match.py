@@ -7,6 +7,7 @@ is checked on shapes alone, before any storage exists and before a byte of weigh
 from __future__ import annotations
 
 import copy
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,10 @@ from qlazy.fill_experts import by_expert, expert_fills, matrix_rows
 from qlazy.match_gguf import match_gguf
 from qlazy.row_map import Piece, pieces_of, rows_by_target
 from qlazy.source import Source, TensorInfo
-from qlazy.source_packed import read_whole_at_once
+from qlazy.source_packed import PackedTensor, read_whole_at_once
+
+MAX_BIAS_BYTES = 1 << 20
+"""Largest bias that is looked at: those of half a million rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,8 @@ def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True
     old = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
     computed = {pattern for end, pattern in old.items() if any(name.endswith(end) for name in buffers)}
     unexpected, ignored = _split(leftover, computed | set(model._keys_to_ignore_on_load_unexpected or ()))
+    ignored += [key for key in unexpected if _is_zero_bias(key, source)]
+    unexpected = [key for key in unexpected if key not in ignored]
     if strict and missing:
         raise IncompleteCheckpoint(
             f"{source.model_id}: {len(missing)} tensors that {type(model).__name__} "
@@ -217,6 +223,16 @@ def _split(names: list[str], patterns: Any) -> tuple[list[str], list[str]]:
     joined = re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
     ignored = [name for name in names if joined is not None and joined.search(name)]
     return [name for name in names if name not in set(ignored)], ignored
+
+
+def _is_zero_bias(key: str, source: Source) -> bool:
+    """Whether a tensor is a bias of zeros beside a packed weight: some GPTQ checkpoints give every layer one."""
+    base, _, leaf = key.rpartition(".")
+    info = source.tensors[key]
+    if leaf != "bias" or not isinstance(source.tensors.get(f"{base}.weight"), PackedTensor) or info.nbytes > MAX_BIAS_BYTES:
+        return False
+    with info.path.open("rb") as file:
+        return not any(os.pread(file.fileno(), info.nbytes, info.offset))
 
 
 def _natural(key: str) -> list[tuple[int, int, str]]:

@@ -146,6 +146,16 @@ def test_experts_too(checkpoint, tmp_path, method):
     assert_same(qlazy.load_quantized(packed, **options), qlazy.load_quantized(plain, **options))
 
 
+def test_a_bias_of_zeros_that_the_model_does_not_have_is_left_out(checkpoint, tmp_path):
+    packed, _ = write_both(checkpoint("llama"), tmp_path, "gptq")
+    damaged(packed, lambda tensors, _: tensors.update({f"{Q}.bias": torch.zeros(128).half()}))
+    model = qlazy.load_quantized(packed, device_map="cpu")
+    assert model.qlazy_report.unexpected == [f"{Q}.bias"]
+    damaged(packed, lambda tensors, _: tensors[f"{Q}.bias"].fill_(0.5))
+    with pytest.raises(CorruptCheckpoint, match=rf"1 stored tensors have no place in LlamaForCausalLM: '{Q}.bias'"):
+        qlazy.load_quantized(packed, device_map="cpu")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_transposed_layers_are_packed_the_other_way_round(checkpoint, tmp_path, bits):
     packed, plain = write_both(checkpoint("gpt2"), tmp_path, "gptq")
