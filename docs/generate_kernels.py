@@ -212,7 +212,7 @@ def gemm_variants() -> Iterator[Variant]:
         (8, False, 0, 16, "bf16"),
         (8, False, 32, 64, "bf16"),
         (8, False, 0, 128, "bf16"),
-        (4, True, 32, 64, "fp32"),
+        (4, True, 32, 16, "fp32"),
     ):
         tile = default_tile(tokens, torch.float32 if dtype == "fp32" else torch.bfloat16)
         y = "fp32" if tile.split_k > 1 else dtype

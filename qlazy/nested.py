@@ -95,8 +95,11 @@ def _mean(values: Tensor) -> Tensor:
         rows = _in_order(rows[: runs * run].view(runs, run, 32).transpose(0, 1))
     first, *others = _in_order(torch.stack([*levels, _in_order(rows)])).view(4, 8)
     whole = flat.numel() // 8 * 8
-    lanes = _in_order(torch.stack([first, *flat[wide:whole].view(-1, 8), *others]))
-    total = _in_order(torch.cat([flat[whole:], lanes]))
+    if whole:
+        lanes = _in_order(torch.stack([first, *flat[wide:whole].view(-1, 8), *others]))
+        total = _in_order(torch.cat([flat[whole:], lanes]))
+    else:
+        total = _in_order(torch.cat([flat[:1], flat[4:], flat[1:4]]))
     return total / torch.full((), float(flat.numel()), device=flat.device)
 
 

@@ -13,8 +13,6 @@ Shape legend: M = tokens, N = out_features (rows), K = in_features (columns), G 
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +29,9 @@ TILES = {
     128: Tile(block_m=128, block_n=64, block_k=64, num_warps=8, num_stages=3),
 }
 """Default tile by number of tokens, rounded up."""
+
+FLOAT32_TILE = Tile(block_m=16, block_n=32, block_k=32, split_k=4, num_warps=4, num_stages=2)
+"""For any number of tokens in float32, which no tensor core multiplies: a larger one would not fit the registers."""
 
 REDUCE_SIZE = 1024
 """Results that a program of the reduction adds up."""
@@ -115,15 +116,14 @@ def default_tile(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Tile:
 
     Args:
         tokens: M, at least 1.
-        dtype: Of the activations; in float32 a tile of 128 tokens, or three stages, would not fit the shared memory.
+        dtype: Of the activations.
 
     Returns:
-        One of `TILES`, in float32 with fewer stages.
+        One of `TILES`, or `FLOAT32_TILE`.
     """
-    wide = dtype == torch.float32
-    largest = 64 if wide else max(TILES)
-    tile = TILES[min(size for size in TILES if size >= min(tokens, largest))]
-    return dataclasses.replace(tile, num_stages=2) if wide else tile
+    if dtype == torch.float32:
+        return FLOAT32_TILE
+    return TILES[min(size for size in TILES if size >= min(tokens, max(TILES)))]
 
 
 def _gemm(

@@ -49,4 +49,4 @@ def test_generic_table_holds_the_defaults(kernels):
 def test_default_tiles_by_tokens(kernels):
     assert [kernels.gemv.default_tile(4, tokens).block_m for tokens in (1, 2, 3, 5, 16)] == [1, 2, 4, 8, 8]
     assert [kernels.gemm.default_tile(tokens).block_m for tokens in (1, 16, 17, 64, 65, 4096)] == [16, 16, 32, 64, 128, 128]
-    assert kernels.gemm.default_tile(4096, torch.float32).block_m == 64, "more would not fit the shared memory"
+    assert kernels.gemm.default_tile(4096, torch.float32) == kernels.gemm.FLOAT32_TILE
