@@ -169,8 +169,12 @@ def page(results: list[dict[str, Any]]) -> str:
 def _versions(results: list[dict[str, Any]]) -> str:
     libraries = ["torch", *dict.fromkeys(result["library"] for result in results)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return f"Versions: qlazy at {commit.stdout.strip() or 'an unknown commit'}, {versions}."
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    changed = ["git", "status", "--porcelain", "qlazy", "tests/lazy"]
+    dirty = "-dirty" if subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, check=False).stdout else ""
+    return f"Versions: qlazy at {commit.stdout.strip() or 'an unknown commit'}{dirty}, {versions}."
 
 
 def _counts(results: list[dict[str, Any]]) -> str:

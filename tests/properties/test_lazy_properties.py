@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlazy.errors import UsageError
-from qlazy.lazy import lazy_build, materialize, materialize_shard
+from qlazy.lazy import lazy_build, materialize, materialize_shard, release
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -90,6 +90,66 @@ def test_any_world_size(world, rows, columns, dtype, seed):
     materialize(lazy)
     for name, tensor in tensors(lazy).items():
         assert same(tensor, eager[name]) and same(materialize_shard(tensor, slice(1)), eager[name][:1])
+
+
+class Layers(nn.Module):
+    """What models are made of, with a tie and buffers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, width, padding_idx=1)
+        self.attention = nn.MultiheadAttention(width, 1)
+        self.recurrent = nn.LSTM(width, 3)
+        self.convolution = nn.utils.parametrizations.weight_norm(nn.Conv1d(width, 4, 3))
+        self.norm = nn.BatchNorm1d(width)
+        self.register_buffer("steps", torch.rand(width), persistent=False)
+        self.head = nn.Linear(width, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+@settings(max_examples=10, deadline=None)
+@given(width=st.integers(1, 20), seed=st.integers(0, 99), data=st.data())
+def test_layers_in_any_order_by_tensor_module_or_shard(width, seed, data):
+    torch.manual_seed(seed)
+    eager = Layers(width)
+    torch.manual_seed(seed)
+    lazy = lazy_build(Layers, width)
+    wanted = dict(eager.named_parameters()) | dict(eager.named_buffers())
+    for name in data.draw(st.permutations(sorted(wanted))):
+        tensor = (dict(lazy.named_parameters()) | dict(lazy.named_buffers()))[name]
+        how = data.draw(st.sampled_from(["tensor", "module", "shard", "release"]))
+        if how == "tensor":
+            materialize(tensor)
+        elif how == "module":
+            materialize(lazy.get_submodule(name.rpartition(".")[0]))
+        elif how == "release":
+            release(lazy)
+        part = slice(data.draw(st.integers(0, wanted[name].numel())), None)
+        assert same(materialize_shard(tensor, flat=part), wanted[name].detach().flatten()[part]), (name, how)
+    materialize(lazy)
+    for name, tensor in (dict(lazy.named_parameters()) | dict(lazy.named_buffers())).items():
+        assert same(tensor.detach(), wanted[name].detach()), name
+    assert lazy.head.weight is lazy.embedding.weight
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+@settings(max_examples=3, deadline=None)
+@given(width=st.integers(1, 20), seed=st.integers(0, 99))
+def test_flat_parameters_of_any_world_size(world, width, seed):
+    """As FSDP has them: all parameters end to end, cut into equal parts wherever that may be."""
+    torch.manual_seed(seed)
+    whole = torch.cat([parameter.detach().flatten() for parameter in Layers(width).parameters()])
+    torch.manual_seed(seed)
+    lazy = lazy_build(Layers, width)
+    step = math.ceil(len(whole) / world)
+    for rank in reversed(range(world)):
+        parts, first = [], 0
+        for parameter in lazy.parameters():
+            start, stop = (min(max(at - first, 0), parameter.numel()) for at in (rank * step, (rank + 1) * step))
+            parts.append(materialize_shard(parameter, flat=slice(start, stop)))
+            first += parameter.numel()
+        assert same(torch.cat(parts), whole[rank * step : (rank + 1) * step])
+    assert all(parameter.is_meta for parameter in lazy.parameters())
 
 
 def test_a_shard_of_a_tensor_that_does_not_fit_anywhere():
