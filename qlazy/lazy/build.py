@@ -159,12 +159,18 @@ def lazy_build(make: Callable[..., Any] | None = None, /, *args: Any, **kwargs: 
     Returns:
         What `make` returns, or a context manager that gives a `Build`.
     Raises:
-        UsageError: something without values was read, or a generator of another device was drawn from.
+        UsageError: a module was passed in place of a class; something without values was read; or a generator of another
+            device was drawn from.
 
     Memory: about 1 KiB for each operation, and the Python objects themselves; where a value is asked for, the storage that it
     is in, for that moment.
     """
     if make is None:
         return Build(**kwargs)
+    if isinstance(make, nn.Module):
+        raise UsageError(
+            f"lazy_build() got a {type(make).__name__} that is built already.",
+            hint=f"Pass the class and its arguments: lazy_build({type(make).__name__}, ...).",
+        )
     with Build():
         return make(*args, **kwargs)

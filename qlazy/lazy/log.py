@@ -154,13 +154,7 @@ class Record:
         return self.writes is not None and writes_to(tensor) > self.writes
 
     def describe(self, tensor: Tensor) -> str:
-        """What to call a tensor on it in an error.
-
-        Args:
-            tensor: A tensor on this storage.
-        Returns:
-            Its name, where a module held it, and its shape.
-        """
+        """What to call a tensor on it in an error: by its name, where a module held it, and its shape."""
         return f"{self.name or 'A tensor'} {list(tensor.shape)}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -48,23 +48,37 @@ def materialize(
         device: Where to; None takes the device that was asked for while building.
         dtype: For floating-point tensors; None keeps theirs, which is what is equal to eager construction. A cast is the eager
             value cast.
-        only: A regular expression searched in names (as in `state_dict`), or a function of name and tensor.
+        only: A regular expression searched in names (as in `state_dict`), or a function of name and tensor. What shares a
+            storage with a chosen tensor comes along; it is no error if nothing is chosen.
     Returns:
         The same object. Only a tensor that something in C++ holds on to (an autograd graph, a weak reference) cannot be changed
         in place: then a new one is returned, and put in its place where a module holds it.
     Raises:
-        UsageError: a tensor was changed after the build, where no recorder saw it, so that its values are not known.
+        UsageError: a tensor was changed after the build, where no recorder saw it, so that its values are not known; or the
+            arguments cannot be meant.
 
     Memory: the result, plus the largest set of storages that one tensor's operations need at the same time.
     """
+    if device is not None and torch.device(device).type == "meta":
+        raise UsageError("Nothing has values on the meta device.", hint="release() takes memory away again.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise UsageError(f"dtype={dtype} is for floating-point tensors, and not a floating-point dtype.", hint="Leave it out.")
     with plain():
-        found = [Place("tensor", held, None, None)] if isinstance(held, Tensor) else list(places([held]))
+        found = _places_of(held)
         groups = _groups(found, only)
         for group in groups:
             _materialize_group(group, device, dtype)
     if isinstance(held, Tensor):
         return found[0].tensor if not groups else groups[0].result
     return held
+
+
+def _places_of(held: Any) -> list[Place]:
+    if isinstance(held, Tensor):
+        return [Place("tensor", held, None, None)]
+    if isinstance(held, nn.Module):
+        return list(places([held]))
+    raise UsageError(f"Expected a module or a tensor, not {type(held).__name__}.", hint="Pass several one after the other.")
 
 
 class _Group:
@@ -112,7 +126,12 @@ def _groups(found: list[Place], only: Only | None) -> list[_Group]:
 
 
 def _is_wanted(only: Only, place: Place) -> bool:
-    return re.search(only, place.name) is not None if isinstance(only, str) else only(place.name, place.tensor)
+    if not isinstance(only, str):
+        return only(place.name, place.tensor)
+    try:
+        return re.search(only, place.name) is not None
+    except re.error as error:
+        raise UsageError(f"only={only!r} is not a regular expression: {error}.") from None
 
 
 def _materialize_group(group: _Group, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -201,8 +220,7 @@ def release(held: _Held, *, only: Only | None = None) -> _Held:
     """
     records: dict[int, tuple[Record, UntypedStorage]] = {}
     with plain():
-        found = [Place("tensor", held, None, None)] if isinstance(held, Tensor) else list(places([held]))
-        for place in found:
+        for place in _places_of(held):
             tensor = place.tensor
             if tensor.is_meta or tensor.layout is not torch.strided or (only is not None and not _is_wanted(only, place)):
                 continue

@@ -44,13 +44,18 @@ def materialize_shard(
     Returns:
         A new tensor, bit for bit that part of the tensor that eager construction makes.
     Raises:
-        UsageError: the tensor has no values, or a slice has a step.
+        UsageError: the tensor has no values, or the slices cannot be meant.
 
     Memory: the result and 16 MiB, where the tensor is filled by one draw or one value, with arithmetic of numbers after it; the
     whole tensor otherwise.
     """
-    if any(part.step not in (None, 1) for part in (*index, *([flat] if flat else []))):
-        raise UsageError("A shard is cut with slices whose step is 1.")
+    if not all(isinstance(part, slice) and part.step in (None, 1) for part in (*index, *([flat] if flat is not None else []))):
+        raise UsageError("A shard is cut with slices whose step is 1.", hint="E.g. materialize_shard(tensor, slice(0, 100)).")
+    if len(index) > tensor.dim() or (index and flat is not None):
+        both = f"{len(index)} slices{' and flat=' if flat is not None else ''}"
+        raise UsageError(
+            f"A tensor of {tensor.dim()} dimensions cannot be cut by {both}.", hint="Give rows, columns, or flat=."
+        )
     with plain():
         record = record_of(tensor)
         if record is None and tensor.is_meta:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qlazy.errors import UsageError
-from qlazy.lazy import Build, lazy_build, load_weights, materialize, release
+from qlazy.lazy import Build, lazy_build, load_weights, materialize, materialize_shard, release
 from qlazy.lazy.log import record_of
 from tests.lazy.compare import compare
 
@@ -507,3 +507,28 @@ def test_adapters_around_a_real_layer_keep_their_init():
     materialize(lazy)
     assert torch.equal(lazy.lora_a.weight, eager.lora_a.weight) and not lazy.lora_b.weight.any()
     assert lazy.lora_a.weight.any() and torch.equal(base.weight, kept)
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda m: lazy_build(m), "Pass the class"),
+        (lambda m: materialize([m]), "module or a tensor, not list"),
+        (lambda m: release({"a": m}), "module or a tensor, not dict"),
+        (lambda m: materialize(m, device="meta"), "meta device"),
+        (lambda m: materialize(m, dtype=torch.int8), "floating-point"),
+        (lambda m: materialize(m, only="("), "not a regular expression"),
+        (lambda m: materialize_shard(m.weight, 0), "slices"),
+        (lambda m: materialize_shard(m.weight, slice(1), flat=slice(1)), "and flat="),
+        (lambda m: materialize_shard(m.bias, slice(1), slice(1)), "1 dimensions cannot be cut by 2 slices"),
+        (lambda m: Build(default_device="meta"), "cannot be meta"),
+    ],
+)
+def test_what_cannot_be_meant(ask: Callable[[nn.Module], object], said: str):
+    module = lazy_build(nn.Linear, 2, 2)
+    with pytest.raises(UsageError) as caught:
+        ask(module)
+    assert said in f"{caught.value} {caught.value.hint}"
+    assert all(parameter.is_meta for parameter in module.parameters())
+    materialize(module, only="nothing of this name")
+    assert module.weight.is_meta
