@@ -37,6 +37,24 @@ def test_figures_on_stdout_and_the_rest_on_stderr(qlazy, tiny, prose):
     assert "logits take 18 KiB in " in done.err and done.err.count("Reading 149 tokens") == 2
 
 
+def test_the_reference_is_gone_before_the_model_is_loaded(qlazy, tiny, prose, monkeypatch):
+    import weakref
+
+    from qlazy.cli import generate
+
+    load, loads = generate.load, []
+
+    def watched(source, options, **more):
+        held = [model for model, _ in loads if model() is not None]
+        loaded = load(source, options, **more)
+        loads.append((weakref.ref(loaded.model), held))
+        return loaded
+
+    monkeypatch.setattr(generate, "load", watched)
+    assert qlazy("ppl", tiny, "-f", prose, "-q").code == 0
+    assert [held for _, held in loads] == [[], []]
+
+
 def test_json_and_8_bits_are_closer_than_4(qlazy, tiny, prose):
     four, eight = (qlazy("ppl", tiny, "-f", prose, "--json", "--bits", bits) for bits in ("4", "8"))
     assert four.code == eight.code == 0 and four.err == eight.err == ""
