@@ -13,7 +13,6 @@ Whatever happens in between, NAME is what it was before, or absent, or complete.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -25,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlazy.durable import ends_line, exchange, sync_folder, write_all, write_file
 from qlazy.errors import OutOfSpace, QlazyError, UsageError
 
 MANIFEST = "qlazy.json"
@@ -35,8 +35,6 @@ LAST = "config.json"
 
 _JOURNAL = "journal"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PIECE = 16 << 20
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +85,9 @@ class PartialFolder:
         with _reported(self.folder / name):
             try:
                 (self.path / name).parent.mkdir(exist_ok=True)
-                digest, nbytes = _write_file(made, pieces)
+                digest, nbytes = write_file(made, pieces)
                 os.rename(made, self.path / name)
-                _sync_folder(self.path)
+                sync_folder(self.path)
             except BaseException:
                 made.unlink(missing_ok=True)
                 raise
@@ -115,14 +113,14 @@ class PartialFolder:
         self.write(LAST, [last], journal=False)
         with _reported(self.folder):
             (self.path / _JOURNAL).unlink(missing_ok=True)
-            _sync_folder(self.path)
+            sync_folder(self.path)
             if self.folder.is_dir() and any(self.folder.iterdir()):
-                _exchange(self.path, self.folder)
-                _sync_folder(self.folder.parent)
+                exchange(self.path, self.folder)
+                sync_folder(self.folder.parent)
                 shutil.rmtree(self.path)  # the old one
             else:
                 os.rename(self.path, self.folder)
-            _sync_folder(self.folder.parent)
+            sync_folder(self.folder.parent)
 
     def take_up(self) -> None:
         """Go on with what an earlier attempt of the same content has left, or begin anew."""
@@ -131,7 +129,7 @@ class PartialFolder:
             self._clear()
             with _reported(self.folder):
                 self._note({"key": self.key})
-                _sync_folder(self.path)
+                sync_folder(self.path)
             return
         for line in told[1:]:
             record = FileRecord(**line)
@@ -163,9 +161,9 @@ class PartialFolder:
         journal = os.open(self.path / _JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = os.fstat(journal).st_size
-            if size and not _ends_line(self.path / _JOURNAL, size):
+            if size and not ends_line(self.path / _JOURNAL, size):
                 os.write(journal, b"\n")
-            _write_all(journal, memoryview(json.dumps(line).encode() + b"\n"))
+            write_all(journal, memoryview(json.dumps(line).encode() + b"\n"))
             os.fsync(journal)
         finally:
             os.close(journal)
@@ -234,75 +232,6 @@ def require_replaceable(folder: str | os.PathLike[str], *, force: bool) -> Path:
         some = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
         raise UsageError(f"{target} is not empty: it holds {some}.", hint="Choose another folder, or replace it with --force.")
     return target
-
-
-def hash_file(path: Path) -> str:
-    """The sha256 of a file.
-
-    Args:
-        path: The file.
-    Returns:
-        Hexadecimal digits.
-
-    Memory: 16 MiB.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _write_file(path: Path, pieces: Iterable[memoryview | bytes]) -> tuple[str, int]:
-    """Write, to the disk; gives hash and size."""
-    digest, nbytes = hashlib.sha256(), 0
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        for piece in pieces:
-            view = memoryview(piece)
-            for start in range(0, view.nbytes, _PIECE):
-                part = view[start : start + _PIECE]
-                digest.update(part)
-                _write_all(file, part)
-            nbytes += view.nbytes
-        os.fsync(file)
-    finally:
-        os.close(file)
-    return digest.hexdigest(), nbytes
-
-
-def _write_all(file: int, view: memoryview) -> None:
-    while view.nbytes:
-        view = view[os.write(file, view) :]
-
-
-def _ends_line(path: Path, size: int) -> bool:
-    with path.open("rb") as file:
-        return os.pread(file.fileno(), 1, size - 1) == b"\n"
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Let two folders change places: in one step where the kernel can, else with a moment in which `other` is absent."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        paths = [ctypes.c_char_p(os.fsencode(path)) for path in (one, other)]
-        if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
-            return
-        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
-    old = other.with_name(f".{other.name}.qlazy-old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(other, old)
-    os.rename(one, other)
-    os.rename(old, one)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ gptq                 Int4, Int8: the words of compressed-tensors, transposed
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -115,108 +115,6 @@ def cut_rows(fmt: Format, held: Mapping[str, Tensor], start: int, stop: int) -> 
     if "weight_zero_point" in held:
         cut["weight_zero_point"] = held["weight_zero_point"][start // 8 : -(-stop // 8)]
     return cut
-
-
-def quantization_config(
-    layout: Layout, packed: Mapping[str, Format], unpacked: Sequence[str], others: Sequence[str]
-) -> dict[str, Any]:
-    """What `config.json` says of a folder's weights, for transformers, compressed-tensors, vLLM and gptqmodel.
-
-    Args:
-        layout: Of the folder.
-        packed: Format by name of layer.
-        unpacked: Linear layers that are not packed.
-        others: Those of `packed` that are no plain linear layers, such as embeddings.
-    Returns:
-        The `quantization_config`.
-    """
-    counts: dict[Format, int] = {}
-    for name, fmt in packed.items():
-        counts[fmt] = counts.get(fmt, 0) + (name not in others)
-    formats = sorted(counts, key=lambda fmt: -counts[fmt])
-    most = formats[0] if formats else Int4()
-    if layout == "bitsandbytes":
-        return _bitsandbytes_config(most, unpacked)
-    if layout == "gptq":
-        return _gptq_config(most, packed, unpacked)
-    groups = {}
-    # Layers by name come first: there are readers that take the first group that matches, and some by class alone.
-    for number, fmt in enumerate(reversed(formats)):
-        is_most = fmt == most
-        names = [_target(name) for name, own in packed.items() if own == fmt and (not is_most or name in others)]
-        targets = [*names, *(["Linear"] if is_most else [])]
-        groups[f"group_{number}"] = {
-            "targets": targets,
-            "weights": _scheme(fmt),
-            "input_activations": None,
-            "output_activations": None,
-            "format": "pack-quantized",
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": list(unpacked),
-        "kv_cache_scheme": None,
-    }
-
-
-def _target(name: str) -> str:
-    """How a config group names one layer: by its path, or where that has no dots, which might be a class, by an expression."""
-    return name if "." in name else rf"re:(.*\.)?{name}$"
-
-
-def _scheme(fmt: Format) -> dict[str, Any]:
-    assert isinstance(fmt, Int4 | Int8)
-    channel = fmt.group_size == -1
-    return {
-        "num_bits": fmt.bits,
-        "type": "int",
-        "symmetric": fmt.symmetric if isinstance(fmt, Int4) else True,
-        "strategy": "channel" if channel else "group",
-        "group_size": None if channel else fmt.group_size,
-        "dynamic": False,
-        "actorder": None,
-    }
-
-
-def _bitsandbytes_config(fmt: Format, unpacked: Sequence[str]) -> dict[str, Any]:
-    said: dict[str, Any] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": isinstance(fmt, Codebook4),
-        "load_in_8bit": not isinstance(fmt, Codebook4),
-        "llm_int8_skip_modules": list(unpacked),
-    }
-    if isinstance(fmt, Codebook4):
-        said |= {
-            "bnb_4bit_quant_type": fmt.kind,
-            "bnb_4bit_use_double_quant": fmt.double_quant,
-            "bnb_4bit_compute_dtype": "bfloat16",
-            "bnb_4bit_quant_storage": "uint8",
-        }
-    return said
-
-
-def _gptq_config(fmt: Format, packed: Mapping[str, Format], unpacked: Sequence[str]) -> dict[str, Any]:
-    symmetric = fmt.symmetric if isinstance(fmt, Int4) else True
-    said = {
-        "quant_method": "gptq",
-        "bits": fmt.bits,
-        "group_size": fmt.group_size,
-        "desc_act": False,
-        "sym": symmetric,
-        "lm_head": "lm_head" in packed,
-        # The first version of the format stores zeros less one, which asymmetric zeros of 0 do not survive.
-        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
-        "modules_to_not_convert": list(unpacked),
-    }
-    dynamic: dict[str, dict[str, Any]] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in unpacked}
-    for name, own in packed.items():
-        if own != fmt:
-            rule = {"bits": own.bits, "group_size": own.group_size, "sym": getattr(own, "symmetric", True)}
-            dynamic[f"+:^{name.replace('.', chr(92) + '.')}$"] = rule
-    return said | ({"dynamic": dynamic} if dynamic else {})
 
 
 def _int8_words(packed: Tensor) -> Tensor:

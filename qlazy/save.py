@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.fill import Fill, row_count
 from qlazy.fingerprint import content_key, fingerprint
 from qlazy.folder import PartialFolder, writing
-from qlazy.layouts import Layout, cut_rows, default_layout, to_stored
+from qlazy.layouts import Layout, default_layout
 from qlazy.match import match_tensors
 from qlazy.memory import anonymous_bytes, trim_heap
-from qlazy.packed_stack import PackedStack
+from qlazy.outputs import by_stack, output_tensors, stored
 from qlazy.pieces import Output, Piece, cut_shards, describe, make_pieces, require_layout_fits
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder
@@ -39,7 +39,7 @@ from qlazy.quant_linear import NonFiniteError, require_finite
 from qlazy.recipe import Recipe
 from qlazy.report import Progress
 from qlazy.saved import SaveReport, already_saved
-from qlazy.shards import StoredTensor, index_json, shard_names, shard_pieces
+from qlazy.shards import index_json, shard_names, shard_pieces
 from qlazy.source import Source
 from qlazy.source_safetensors import read_header
 from qlazy.stream import Stream
@@ -140,52 +140,6 @@ def save(
     )
 
 
-def stored(tensors: Mapping[str, Tensor]) -> list[StoredTensor]:
-    """Tensors as a shard takes them.
-
-    Args:
-        tensors: By name.
-    Returns:
-        The same, as bytes.
-
-    Memory: views; a copy of what is not contiguous or not on the host.
-    """
-    made = []
-    for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        made.append(StoredTensor(name=name, dtype=dtype, shape=tuple(tensor.shape), data=flat.numpy().data))
-    return made
-
-
-def output_tensors(layout: Layout, output: Output, owner: nn.Module) -> dict[str, Tensor]:
-    """What is written of one tensor of a model.
-
-    Args:
-        layout: Whose layout.
-        output: Which.
-        owner: The module that holds it.
-    Returns:
-        Tensors by their names on disk.
-
-    Memory: as `to_stored`.
-    """
-    if output.format is None:
-        held: Tensor = getattr(owner, output.name.rpartition(".")[2])
-        return {output.key: held}
-    stack = owner._modules.get(output.name.rpartition(".")[2])
-    layer: Any = owner
-    if isinstance(stack, PackedStack):
-        layer = stack.layer(output.rows.expert if output.rows else 0)
-    held_by_name: dict[str, Tensor] = {name: getattr(layer, name) for name in layer.storage}
-    rows, columns = output.shape[-2:]
-    if output.rows is not None and rows < layer.out_features:
-        held_by_name = cut_rows(output.format, held_by_name, output.rows.start, output.rows.stop)
-    path = output.key.removesuffix(".weight")
-    made = to_stored(layout, output.format, held_by_name, rows, columns, getattr(torch, output.dtype))
-    return {f"{path}.{name}": tensor for name, tensor in made.items()}
-
-
 def write_index(partial: PartialFolder, names: Sequence[str]) -> int:
     """Write the index of several shards, from what the files themselves say.
 
@@ -254,17 +208,7 @@ def _filled(
             made.append(output_tensors(layout, output, model.get_submodule(output.name.rpartition(".")[0])))
         else:
             made.append({output.key: passed.tensors[output.key]})
-    # All experts' words, then all their scales, and so on: so a stack of them is one stretch of the file.
-    return {key: tensor for piece in _by_stack(outputs, made) for key, tensor in piece}
-
-
-def _by_stack(outputs: Sequence[Output], made: Sequence[dict[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    stacks: dict[str, list[dict[str, Tensor]]] = {}
-    for output, tensors in zip(outputs, made, strict=True):
-        stacks.setdefault(output.rows.name if output.rows else output.key, []).append(tensors)
-    for alike in stacks.values():
-        for column in zip(*(tensors.items() for tensors in alike), strict=True):
-            yield list(column)
+    return {key: tensor for piece in by_stack(outputs, made) for key, tensor in piece}
 
 
 def _file_order(fill: Fill) -> tuple[str, int]:

@@ -23,10 +23,12 @@ from qlazy.errors import UsageError
 from qlazy.expert_names import ExpertRows, expert_names
 from qlazy.folder import writing
 from qlazy.formats import Format, packed_nbytes
-from qlazy.layouts import Layout, cut_rows, default_layout, misfit, quantization_config, to_stored
+from qlazy.layout_config import quantization_config
+from qlazy.layouts import Layout, cut_rows, default_layout, misfit, to_stored
+from qlazy.outputs import stored
 from qlazy.packed_stack import PackedStack
 from qlazy.quant_linear import QuantLinear
-from qlazy.save import SHARD_BYTES, stored, write_index
+from qlazy.save import SHARD_BYTES, write_index
 from qlazy.saved import SaveReport
 from qlazy.shards import shard_names, shard_pieces
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlazy.durable import hash_file
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UsageError
-from qlazy.folder import MANIFEST, hash_file
+from qlazy.folder import MANIFEST
 from qlazy.sizes import format_bytes
 
 
