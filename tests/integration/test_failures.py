@@ -354,22 +354,29 @@ def test_no_architectures_at_all_means_the_causal_model(copied):
     assert type(load(folder)).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("method", ["hqq", "torchao", "qlazy"])
+def test_source_that_is_quantized_in_a_way_that_is_not_read(copied, method):
+    folder = copied("llama")
+    edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    fails(folder, UnsupportedModel, method)
+    fails(folder, UnsupportedModel, method, strict=False)
+    cli_fails(folder, 3, method)
+
+
 @pytest.mark.parametrize(
     "found",
     [
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "fp8", "weight_block_size": [128, 128]},
-        {"quant_method": "qlazy", "bits": 4},
     ],
     ids=lambda found: found["quant_method"],
 )
-def test_source_that_is_quantized_already(copied, found):
+def test_config_of_a_quantized_source_whose_tensors_are_not(copied, found):
     folder = copied("llama")
     edit_config(folder, quantization_config=found)
-    fails(folder, UnsupportedModel, found["quant_method"])
-    fails(folder, UnsupportedModel, found["quant_method"], strict=False)
-    cli_fails(folder, 3, found["quant_method"])
+    fails(folder, CorruptCheckpoint, found["quant_method"])
+    cli_fails(folder, 5, found["quant_method"])
 
 
 def test_config_that_is_no_json(copied):
