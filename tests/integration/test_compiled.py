@@ -82,6 +82,7 @@ def test_on_a_gpu_the_cache_is_static_and_steps_are_compiled_by_generate(checkpo
     assert counter.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
 def test_options_for_gpus_are_ones_that_torch_takes():
     assert torch.compile(torch.relu, mode=None, options=compiled._GRAPHS | compiled._ROUNDING) is not None
 
