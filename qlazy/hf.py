@@ -18,7 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4, Format, Int4
 from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.recipe import Recipe, make_recipe
@@ -169,6 +169,11 @@ class QlazyQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         assert isinstance(self.quantization_config, QlazyConfig)
         recipe = self.quantization_config.recipe()
+        if recipe.embedding is not None:
+            raise UsageError(
+                f"embedding_bits is {recipe.embedding.bits}, but from_pretrained leaves embeddings in 16 bits.",
+                hint="Use qlazy.load_quantized, or leave embedding_bits out.",
+            )
         everything = dict.fromkeys(model.state_dict(), 0)
         for entry in entries_of(model, everything):
             rows, columns = entry.shape if len(entry.shape) == 2 else (0, 0)

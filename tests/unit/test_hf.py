@@ -215,3 +215,11 @@ def test_config_refuses_what_cannot_be_meant():
 
 def test_transformers_knows_the_name():
     assert AUTO_QUANTIZER_MAPPING["qlazy"] is QlazyQuantizer and AUTO_QUANTIZATION_CONFIG_MAPPING["qlazy"] is QlazyConfig
+
+
+def test_packed_embeddings_are_refused_in_place_of_left_out():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=0))
+    quantizer = QlazyQuantizer(QlazyConfig(embedding_bits=8))
+    with pytest.raises(UsageError, match="embedding_bits is 8") as caught:
+        quantizer._process_model_before_weight_loading(model)
+    assert "load_quantized" in str(caught.value.hint)
