@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from qlazy.errors import UnsupportedModel
 from qlazy.stacks import Stack
 
 
@@ -38,8 +39,9 @@ def expert_names(model: PreTrainedModel, stacks: Mapping[str, Stack]) -> dict[st
         model: A placeholder or a loaded model.
         stacks: Fused parameters by name.
     Returns:
-        By key, each ending in `.weight`, in the order of the rows. Parameters that checkpoints hold fused too, or in an order
-        of rows that no matrix has, get a number for each expert after their own name.
+        By key, each ending in `.weight`, in the order of the rows.
+    Raises:
+        UnsupportedModel: checkpoints hold them fused too, or in an order of rows that no matrix has.
 
     Memory: eight bytes for each row.
     """
@@ -69,8 +71,11 @@ def expert_names(model: PreTrainedModel, stacks: Mapping[str, Stack]) -> dict[st
             own = [item for item in found.items() if item[1].name == name]
             named |= dict(sorted(own, key=lambda item: (item[1].expert, item[1].start)))
         else:
-            for expert in range(stack.count):
-                named[f"{name}.{expert}.weight"] = ExpertRows(name=name, expert=expert, start=0, stop=stack.rows)
+            raise UnsupportedModel(
+                f"Checkpoints of {type(model).__name__} hold all experts of {name!r} in one tensor, for which no layout has "
+                "a name in low bits.",
+                hint="Save with --modules-to-not-convert experts, which keeps them in 16 bits.",
+            )
     return named
 
 

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 import qlazy
-from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UsageError
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Int8
 from qlazy.saved import verify
 from qlazy.shards import ALIGNMENT
@@ -97,6 +97,29 @@ def test_experts_reopen(checkpoint, save, name, options):
     require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
     # Each expert has tensors of its own, under the names of the checkpoint.
     assert set(open_source(folder).tensors) == set(open_source(checkpoint(name)).tensors)
+
+
+def test_experts_that_checkpoints_hold_fused_are_refused(tmp_path):
+    config = transformers.GptOssConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        layer_types=["full_attention"],
+    )
+    transformers.GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedModel, match=r"hold all experts of .* in one tensor"):
+        qlazy.save_quantized(tmp_path / "model", tmp_path / "saved")
+    qlazy.save_quantized(tmp_path / "model", tmp_path / "saved", modules_to_not_convert=["experts"])
+    loaded = qlazy.load_quantized(tmp_path / "model", device_map="cpu", modules_to_not_convert=["experts"])
+    require_equal(loaded, qlazy.load_quantized(tmp_path / "saved", device_map="cpu"))
 
 
 def test_experts_are_mapped_too(save):
