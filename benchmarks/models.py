@@ -446,7 +446,9 @@ def page(groups: list[list[dict[str, Any]]]) -> str:
     for kind in kinds:
         rows = sorted((row for key, row in best.items() if key[0] == kind), key=lambda row: (row["model_type"], row["class"]))
         loaded = [row for row in rows if row["status"] == "loaded"]
-        lines += [f"## {kind[0].upper()}{kind[1:]}", "", f"{len(loaded)} of {len(rows)} loaded and compared.", ""]
+        there = len(moe_subjects()) if kind == "experts" else sum(subject[0] == kind for subject in subjects())
+        run_yet = "" if len(rows) >= there else f" {there - len(rows)} more have not been run."
+        lines += [f"## {kind[0].upper()}{kind[1:]}", "", f"{len(loaded)} of {len(rows)} loaded and compared.{run_yet}", ""]
         lines += ["| type | class | low bits | error | quantization | plan |", "|---|---|---|---|---|---|"]
         for row in loaded:
             errors = [value for key, value in row.items() if key.startswith("error_")]

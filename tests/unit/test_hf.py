@@ -218,7 +218,7 @@ def test_transformers_knows_the_name():
 
 
 def test_packed_embeddings_are_refused_in_place_of_left_out():
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=0))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=0))
     quantizer = QlazyQuantizer(QlazyConfig(embedding_bits=8))
     with pytest.raises(UsageError, match="embedding_bits is 8") as caught:
         quantizer._process_model_before_weight_loading(model)
