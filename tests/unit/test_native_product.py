@@ -29,7 +29,12 @@ FORMATS: list[Format] = [
 ]
 PROCESSORS = {"here": "-march=native"}
 if platform.machine() == "x86_64":
-    PROCESSORS |= {"avx512": "-march=skylake-avx512", "vnni": "-march=alderlake", "avx2": "-march=haswell", "portable": "-march=x86-64"}
+    PROCESSORS |= {
+        "avx512": "-march=skylake-avx512",
+        "vnni": "-march=alderlake",
+        "avx2": "-march=haswell",
+        "portable": "-march=x86-64",
+    }
 NEEDS = {"avx512": "avx512bw", "vnni": "avx_vnni", "avx2": "avx2"}
 """Processors to compile for, and the flag in /proc/cpuinfo without which one is not tried."""
 
