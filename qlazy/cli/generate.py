@@ -270,4 +270,5 @@ def hush(options: Options) -> None:
         return
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells which kernels it lacks
     warnings.simplefilter("ignore")
