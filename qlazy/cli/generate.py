@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from qlazy.budget import make_budget
@@ -129,7 +129,7 @@ class Loaded:
         config = self._generation_config(min(max_new_tokens, room), temperature)
         self._compile(inputs, config, length + config.max_new_tokens)
         if seed is not None:
-            set_seed(seed)
+            torch.manual_seed(seed)  # set_seed of transformers imports its trainer, and that peft and bitsandbytes
         streamer = Answer(self.tokenizer, echo=echo)
         began = time.perf_counter()
         with torch.inference_mode():
@@ -270,5 +270,5 @@ def hush(options: Options) -> None:
         return
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells which kernels it lacks
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells which kernels it lacks
     warnings.simplefilter("ignore")
