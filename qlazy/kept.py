@@ -45,9 +45,9 @@ def keep(source: Source, recipe: Recipe | None = None) -> KeptRecipe | None:
 
     Args:
         source: An opened source.
-        recipe: What was asked for; what is stored is kept where this is the default, or the same format.
+        recipe: What was asked for; what is stored is kept where this is the default, or asks for what is stored.
     Returns:
-        The recipe; None where there is nothing packed, something that no layout of ours is, or another format is asked for.
+        The recipe; None where there is nothing packed, something that no layout of ours is, or something else is asked for.
     """
     packed = {name: info for name, info in source.tensors.items() if isinstance(info, PackedTensor)}
     formats = {name: _format_of(info, source) for name, info in packed.items()}
@@ -55,9 +55,12 @@ def keep(source: Source, recipe: Recipe | None = None) -> KeptRecipe | None:
     if not kept or len(kept) < len(packed):
         return None
     most = Counter(kept.values()).most_common(1)[0][0]
-    if recipe is not None and recipe != Recipe() and recipe.format != most:
-        return None
     head = next((fmt for name, fmt in kept.items() if "head" in name), None)
+    if recipe is not None and recipe != Recipe():
+        as_stored = recipe.format == most and recipe.head in (Recipe().head, head)
+        as_stored = as_stored and (recipe.embedding is None or recipe.embedding in kept.values())
+        if not as_stored or recipe.modules or recipe.modules_to_not_convert:
+            return None
     return KeptRecipe(format=most, head=head, formats=kept)
 
 

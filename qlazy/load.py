@@ -4,7 +4,7 @@
 1. make_plan          exact bytes for each device, or DoesNotFit
 2. build_placeholder  the model class, its parameters without storage
 3. match_tensors      which stored tensor becomes which of the model's; names, shapes and dtypes are checked
-4. swap_layers        linear layers -> low-bit layers, still without storage; the plan becomes exact
+4. swap_layers        linear layers, experts, embeddings -> low bits, still without storage; the plan becomes exact
 5. stream, place      a bounded ring: read in file order, quantize straight into final storage
 6. finish             ties, what no file holds, and the proof that nothing is left without storage
 """
@@ -87,6 +87,11 @@ def load(
     if verify and source.folder is not None:
         verify_folder(source.folder)
     kept = None if random_init else keep(source, recipe)
+    if trace is not None and not random_init and (kept is not None or cache):
+        raise UsageError(
+            "What is packed already is mapped: nothing is read or quantized that could be traced.",
+            hint="Leave --trace (trace=) out, or --cache.",
+        )
     if cache and kept is None and not random_init:
         resolved = resolve_dtype(source, dtype, budget)
         source = cached(

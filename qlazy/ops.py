@@ -5,8 +5,8 @@
 
 Registered with `torch.library`, so that `torch.compile` sees one opaque op and the choice by number of tokens never recompiles.
 A few tokens go to compiled loops, on a GPU to Triton kernels, which read each packed weight once and unpack nothing to memory;
-many tokens go through blocks of rows that are dequantized into a small scratch and multiplied in the dtype of `x` by torch's own
-product, as do few where there are neither.
+many tokens go through blocks of rows that are dequantized into a small scratch and multiplied in the dtype of `x` by torch's
+own product, as do few where there are neither.
 """
 
 from __future__ import annotations

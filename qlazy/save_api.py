@@ -26,9 +26,9 @@ def save_quantized(
     model: PreTrainedModel | str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
-    format: str | None = None,
-    weights: str | None = None,
+    layout: str | None = None,
     bits: int | None = None,
+    format: str | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     double_quant: bool = True,
@@ -55,10 +55,9 @@ def save_quantized(
     Args:
         model: A folder, a `.gguf` file, an alias, or a hub id; or a model that `load_quantized` gave.
         folder: The folder to make. It is there as a whole or not at all; a save that was cut off goes on where it was.
-        format: Whose layout it has: `compressed-tensors` (default for integers), `bitsandbytes` (for nf4 and fp4) or `gptq`.
-        weights: `int4`, `int8`, `nf4` or `fp4`; by default what `bits` and `format` say. Of no meaning for a loaded model, as
-            are all that follow but `max_shard_size` and `force`.
-        bits: 4 or 8.
+        layout: Whose layout it has: `compressed-tensors` (default for integers), `bitsandbytes` (for nf4 and fp4) or `gptq`.
+        bits: 4 or 8. Of no meaning for a loaded model, as are all that follow but `max_shard_size` and `force`.
+        format: `int4`, `int8`, `nf4` or `fp4`; by default what `bits` and `layout` say.
         group_size: Columns that share a scale.
         symmetric: Int4 without zero points; the default under `gptq`.
         double_quant: NF4 and FP4 with absmax in 8 bits.
@@ -90,11 +89,11 @@ def save_quantized(
         from qlazy.layouts import require_layout
         from qlazy.save_model import save_model
 
-        layout = None if format is None else require_layout(format)
-        return save_model(model, os.fspath(folder), layout=layout, force=force, shard_bytes=_bytes(max_shard_size))
+        wanted = None if layout is None else require_layout(layout)
+        return save_model(model, os.fspath(folder), layout=wanted, force=force, shard_bytes=_bytes(max_shard_size))
     recipe = save_recipe(
-        format,
-        weights=weights,
+        layout,
+        format=format,
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
@@ -124,7 +123,7 @@ def save_quantized(
         source,
         recipe,
         os.fspath(folder),
-        layout=None if format is None else require_layout(format),
+        layout=None if layout is None else require_layout(layout),
         dtype=dtype,
         force=force,
         shard_bytes=_bytes(max_shard_size),
@@ -140,7 +139,7 @@ def _bytes(size: str | int) -> int:
 def save_recipe(
     layout: str | None,
     *,
-    weights: str | None = None,
+    format: str | None = None,
     bits: int | None = None,
     symmetric: bool | None = None,
     head_bits: int | None = None,
@@ -150,7 +149,7 @@ def save_recipe(
 
     Args:
         layout: Whose layout the folder has, or None.
-        weights: Format of the weights, or None.
+        format: Format of the weights, or None.
         bits: 4 or 8, or None.
         symmetric: Int4 without zero points, or None.
         head_bits: Bits of the head, or None.
@@ -161,17 +160,17 @@ def save_recipe(
         UsageError: as `make_recipe`, or a layout that does not exist.
     """
     if layout is not None and layout not in LAYOUTS:
-        named = " That is a format of weights: weights=" + repr(layout) + "." if layout in _WEIGHTS else ""
+        named = f" That is a format of weights: format={layout!r}." if layout in _WEIGHTS else ""
         raise UsageError(f"There is no layout {layout!r}.{named}", hint=f"Use {', '.join(LAYOUTS)}.")
-    if layout == "bitsandbytes" and weights is None and bits != 8:
-        weights = "nf4"
-    if layout == "gptq" and symmetric is None and weights != "int8" and bits != 8:
+    if layout == "bitsandbytes" and format is None and bits != 8:
+        format = "nf4"
+    if layout == "gptq" and symmetric is None and format != "int8" and bits != 8:
         symmetric = True
     if head_bits is None:
-        one_format = layout in ("bitsandbytes", "gptq") or weights in ("nf4", "fp4")
+        one_format = layout in ("bitsandbytes", "gptq") or format in ("nf4", "fp4")
         head_bits = 16 if one_format else 8
-    if layout == "bitsandbytes" or weights in ("nf4", "fp4"):
+    if layout == "bitsandbytes" or format in ("nf4", "fp4"):
         # Its readers have no layer for fused experts.
         options["modules_to_not_convert"] = [*(options.get("modules_to_not_convert") or ()), "experts"]
-    bits = bits if bits is not None else (8 if weights == "int8" else 4)
-    return make_recipe(bits=bits, format=weights, symmetric=symmetric, head_bits=head_bits, **options)
+    bits = bits if bits is not None else (8 if format == "int8" else 4)
+    return make_recipe(bits=bits, format=format, symmetric=symmetric, head_bits=head_bits, **options)

@@ -10,11 +10,25 @@ import typer
 
 from qlazy.cli.app import app, print_json
 from qlazy.cli.options import Model, Options, with_options
+from qlazy.errors import UsageError
 from qlazy.folder import require_replaceable
 from qlazy.save_api import LAYOUTS, save_recipe
 from qlazy.saved import SaveReport, read_manifest
 from qlazy.sizes import parse_bytes
 from qlazy.source import open_source
+
+_IDLE = (
+    "device_map",
+    "max_memory",
+    "reserve",
+    "max_model_len",
+    "attn_implementation",
+    "strict",
+    "verify",
+    "cache",
+    "random_init",
+)
+"""Options of a load that a save has no use for."""
 
 
 @app.command(
@@ -38,8 +52,12 @@ def save(
     options: Options,
 ) -> None:
     """Quantize MODEL into FOLDER, which qlazy, transformers and vLLM open; goes on where it was cut off."""
+    idle = [name for name in _IDLE if getattr(options, name) != getattr(Options(), name)]
+    if idle:
+        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise UsageError(f"qlazy save has no use for {flags}.", hint="Leave it out; it belongs to a load.")
     arguments = options.recipe_arguments()
-    recipe = save_recipe(layout, weights=arguments.pop("format", None), **arguments)
+    recipe = save_recipe(layout, **arguments)
     shard_bytes = parse_bytes(max_shard_size)
     if read_manifest(folder) is None:
         require_replaceable(folder, force=force)

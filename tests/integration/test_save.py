@@ -29,12 +29,12 @@ SAVES: list[dict[str, Any]] = [
     {"group_size": -1, "head_bits": 4},
     {"bits": 8},
     {"bits": 8, "group_size": 32},
-    {"weights": "nf4"},
-    {"weights": "fp4", "double_quant": False},
-    {"format": "bitsandbytes", "bits": 8},
-    {"format": "gptq"},
-    {"format": "gptq", "symmetric": False},
-    {"format": "gptq", "bits": 8},
+    {"format": "nf4"},
+    {"format": "fp4", "double_quant": False},
+    {"layout": "bitsandbytes", "bits": 8},
+    {"layout": "gptq"},
+    {"layout": "gptq", "symmetric": False},
+    {"layout": "gptq", "bits": 8},
     {"modules_to_not_convert": ["down_proj"]},
 ]
 """Options of `save_quantized`."""
@@ -42,11 +42,11 @@ SAVES: list[dict[str, Any]] = [
 
 def load_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options of `load_quantized` that quantize as a save with these does."""
-    layout = options.get("format")
-    told = {("format" if key == "weights" else key): value for key, value in options.items() if key != "format"}
+    layout = options.get("layout")
+    told = {key: value for key, value in options.items() if key != "layout"}
     if layout == "gptq" and told.get("bits") != 8:
         told.setdefault("symmetric", True)
-    if layout in ("gptq", "bitsandbytes") or "weights" in options:
+    if layout in ("gptq", "bitsandbytes") or "format" in options:
         told.setdefault("head_bits", 16)
     return told
 
@@ -81,7 +81,7 @@ def test_reopened_bit_for_bit(checkpoint, save, options):
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gemma3", "gpt2", "t5", "bert", "siglip"])
-@pytest.mark.parametrize("options", [{}, {"format": "gptq"}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"layout": "gptq"}, {"bits": 8}], ids=str)
 def test_other_architectures_reopen(checkpoint, save, name, options):
     folder = save(name, **options)
     loaded = qlazy.load_quantized(checkpoint(name), device_map="cpu", **load_options(options))
@@ -89,10 +89,10 @@ def test_other_architectures_reopen(checkpoint, save, name, options):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
-@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"format": "gptq"}, {"weights": "nf4"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"layout": "gptq"}, {"format": "nf4"}], ids=str)
 def test_experts_reopen(checkpoint, save, name, options):
     folder = save(name, **options)
-    more = {"modules_to_not_convert": ["experts"]} if "weights" in options else {}
+    more = {"modules_to_not_convert": ["experts"]} if "format" in options else {}
     loaded = qlazy.load_quantized(checkpoint(name), device_map="cpu", **load_options(options), **more)
     require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
     # Each expert has tensors of its own, under the names of the checkpoint.
@@ -129,7 +129,7 @@ def test_experts_are_mapped_too(save):
 UNCHANGED: list[dict[str, Any]] = [
     {"head_bits": 16},
     {"symmetric": True, "head_bits": 4},
-    {"weights": "fp4", "double_quant": False},
+    {"format": "fp4", "double_quant": False},
 ]
 
 
@@ -184,7 +184,7 @@ def test_plain_transformers_opens_compressed_tensors(save, options):
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("options", [{"weights": "nf4"}, {"weights": "fp4", "double_quant": False}], ids=str)
+@pytest.mark.parametrize("options", [{"format": "nf4"}, {"format": "fp4", "double_quant": False}], ids=str)
 def test_plain_transformers_opens_bitsandbytes(save, options):
     folder = save("llama", **options)
     with warnings.catch_warnings():
@@ -249,10 +249,10 @@ def test_another_recipe_replaces_only_when_told_to(checkpoint, save):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"format": "bitsandbytes", "weights": "int4"}, "is int4-g32-asym, and bitsandbytes has"),
-        ({"format": "bitsandbytes", "head_bits": 8}, "a bitsandbytes folder has one format"),
-        ({"format": "compressed-tensors", "weights": "nf4"}, "is nf4-dq, and compressed-tensors has integers only"),
-        ({"format": "nf4"}, "There is no layout 'nf4'. That is a format of weights"),
+        ({"layout": "bitsandbytes", "format": "int4"}, "is int4-g32-asym, and bitsandbytes has"),
+        ({"layout": "bitsandbytes", "head_bits": 8}, "a bitsandbytes folder has one format"),
+        ({"layout": "compressed-tensors", "format": "nf4"}, "is nf4-dq, and compressed-tensors has integers only"),
+        ({"layout": "nf4"}, "There is no layout 'nf4'. That is a format of weights"),
     ],
     ids=str,
 )
