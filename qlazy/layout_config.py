@@ -1,11 +1,36 @@
-"""What `config.json` says of the weights of a saved folder, to transformers, vLLM and gptqmodel. No torch here."""
+"""The layouts of saved folders, and what `config.json` says of the weights, to transformers, vLLM and gptqmodel. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
+from qlazy.errors import UsageError
 from qlazy.formats import Codebook4, Format, Int4, Int8
+
+Layout = Literal["compressed-tensors", "bitsandbytes", "gptq"]
+"""Whose layout a folder has."""
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+_WEIGHTS = ("int4", "int8", "nf4", "fp4")
+
+
+def require_layout(layout: str) -> Layout:
+    """Check the name of a layout.
+
+    Args:
+        layout: What was asked for.
+    Returns:
+        The same.
+    Raises:
+        UsageError: there is none of that name.
+    """
+    for known in LAYOUTS:
+        if layout == known:
+            return known
+    named = f" That is a format of weights: format={layout!r}." if layout in _WEIGHTS else ""
+    raise UsageError(f"There is no layout {layout!r}.{named}", hint=f"Use {', '.join(LAYOUTS)}.")
 
 
 def quantization_config(

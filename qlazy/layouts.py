@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,8 @@ from torch import Tensor
 from qlazy import codebook
 from qlazy.errors import CorruptCheckpoint, UsageError
 from qlazy.formats import BNB_BLOCK, BNB_NESTED_BLOCK, Codebook4, Format, Int4, Int8
+from qlazy.layout_config import Layout
 from qlazy.source_packed import BitsAndBytes4, BitsAndBytes8, Gptq, PackedTensor
-
-Layout = Literal["compressed-tensors", "bitsandbytes", "gptq"]
-"""Whose layout a folder has."""
-
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 _WORD = {4: 8, 8: 4}
 """Integers in a word, by bits."""
@@ -167,22 +163,6 @@ def _to_bitsandbytes(fmt: Format, held: Mapping[str, Tensor], rows: int, columns
         state["nested_offset"] = 0.0 if held["nested_offset"].is_meta else held["nested_offset"].item()
     stored[_BNB_STATE + fmt.kind] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
     return stored
-
-
-def require_layout(layout: str) -> Layout:
-    """Check the name of a layout.
-
-    Args:
-        layout: What was asked for.
-    Returns:
-        The same.
-    Raises:
-        UsageError: there is none of that name.
-    """
-    for known in LAYOUTS:
-        if layout == known:
-            return known
-    raise UsageError(f"There is no layout {layout!r}.", hint=f"Use {', '.join(LAYOUTS)}.")
 
 
 def from_stored(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlazy.layouts import Layout, cut_rows, to_stored
+from qlazy.layout_config import Layout
+from qlazy.layouts import cut_rows, to_stored
 from qlazy.packed_stack import PackedStack
 from qlazy.pieces import Output
 from qlazy.shards import StoredTensor

@@ -20,8 +20,8 @@ from qlazy.errors import UsageError
 from qlazy.expert_names import ExpertRows, expert_names
 from qlazy.fill import Fill
 from qlazy.formats import ITEMSIZE, Format, packed_nbytes
-from qlazy.layout_config import quantization_config
-from qlazy.layouts import Layout, misfit
+from qlazy.layout_config import Layout, quantization_config
+from qlazy.layouts import misfit
 from qlazy.match import Match
 from qlazy.packed_stack import PackedStack
 from qlazy.plan import Plan, TensorPlan

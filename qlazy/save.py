@@ -27,7 +27,8 @@ from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.fill import Fill, row_count
 from qlazy.fingerprint import content_key, fingerprint
 from qlazy.folder import PartialFolder, writing
-from qlazy.layouts import Layout, default_layout
+from qlazy.layout_config import Layout
+from qlazy.layouts import default_layout
 from qlazy.match import match_tensors
 from qlazy.memory import anonymous_bytes, trim_heap
 from qlazy.outputs import by_stack, output_tensors, stored

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qlazy.errors import UsageError
+from qlazy.layout_config import require_layout
 from qlazy.recipe import Recipe, make_recipe
 from qlazy.report import Progress
 from qlazy.saved import SaveReport
@@ -15,11 +15,6 @@ from qlazy.source import open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-LAYOUTS = ("compressed-tensors", "bitsandbytes", "gptq")
-"""Whose layout a folder can have."""
-
-_WEIGHTS = ("int4", "int8", "nf4", "fp4")
 
 
 def save_quantized(
@@ -86,7 +81,6 @@ def save_quantized(
     tensors at most.
     """
     if not isinstance(model, str | os.PathLike):
-        from qlazy.layouts import require_layout
         from qlazy.save_model import save_model
 
         wanted = None if layout is None else require_layout(layout)
@@ -116,7 +110,6 @@ def save_quantized(
         local_files_only=local_files_only,
         on_progress=downloading,
     )
-    from qlazy.layouts import require_layout
     from qlazy.save import save
 
     return save(
@@ -159,9 +152,8 @@ def save_recipe(
     Raises:
         UsageError: as `make_recipe`, or a layout that does not exist.
     """
-    if layout is not None and layout not in LAYOUTS:
-        named = f" That is a format of weights: format={layout!r}." if layout in _WEIGHTS else ""
-        raise UsageError(f"There is no layout {layout!r}.{named}", hint=f"Use {', '.join(LAYOUTS)}.")
+    if layout is not None:
+        require_layout(layout)
     if layout == "bitsandbytes" and format is None and bits != 8:
         format = "nf4"
     if layout == "gptq" and symmetric is None and format != "int8" and bits != 8:

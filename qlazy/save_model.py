@@ -23,8 +23,8 @@ from qlazy.errors import UsageError
 from qlazy.expert_names import ExpertRows, expert_names
 from qlazy.folder import writing
 from qlazy.formats import Format, packed_nbytes
-from qlazy.layout_config import quantization_config
-from qlazy.layouts import Layout, cut_rows, default_layout, misfit, to_stored
+from qlazy.layout_config import Layout, quantization_config
+from qlazy.layouts import cut_rows, default_layout, misfit, to_stored
 from qlazy.outputs import stored
 from qlazy.packed_stack import PackedStack
 from qlazy.quant_linear import QuantLinear

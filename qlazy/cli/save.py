@@ -12,7 +12,8 @@ from qlazy.cli.app import app, print_json
 from qlazy.cli.options import Model, Options, with_options
 from qlazy.errors import UsageError
 from qlazy.folder import require_replaceable
-from qlazy.save_api import LAYOUTS, save_recipe
+from qlazy.layout_config import LAYOUTS, require_layout
+from qlazy.save_api import save_recipe
 from qlazy.saved import SaveReport, read_manifest
 from qlazy.sizes import parse_bytes
 from qlazy.source import open_source
@@ -65,7 +66,6 @@ def save(
 
     from qlazy.cli.generate import fetch, hush
     from qlazy.cli.progress import Display
-    from qlazy.layouts import require_layout
     from qlazy.save import save as save_source
 
     hush(options)
