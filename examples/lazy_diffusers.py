@@ -1,4 +1,7 @@
-"""Build a diffusion transformer without memory, and materialize it in parts: python examples/lazy_diffusers.py"""
+"""Build a diffusion transformer without memory, and materialize it in parts: python examples/lazy_diffusers.py
+
+Needs `pip install diffusers`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Build a vision model of timm without memory, and load weights that lack its head: python examples/lazy_timm.py"""
+"""Build a vision model of timm without memory, and load weights that lack its head: python examples/lazy_timm.py
+
+Needs `pip install timm`.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The server is transformers' own (`transformers serve`, continuous batching left off); only what it loads is replaced. It
 listens on loopback, sends no CORS headers and serves one model: /v1/chat/completions and /v1/completions (streaming or not),
 /v1/models, /health.
-Needs `pip install 'qlazy-llm[serve]'`.
+Needs `pip install ".[serve]"` in a clone.
 
     from openai import OpenAI
     client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")

@@ -191,5 +191,5 @@ def _out_of_space(nbytes: int) -> OutOfSpace:
     free = shutil.disk_usage(folder).free
     return OutOfSpace(
         f"The reference's logits take {format_bytes(nbytes)} in {folder}; {format_bytes(free)} are free there.",
-        hint="Set TMPDIR to a folder with more room, or use fewer tokens (--tokens), or --no-reference.",
+        hint="Set TMPDIR to a folder with more room, or use fewer tokens (--max-tokens), or --no-reference.",
     )

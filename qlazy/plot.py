@@ -41,9 +41,7 @@ def require_plot(path: str | os.PathLike[str]) -> Path:
     if file.suffix.lower() not in KINDS:
         raise UsageError(f"{file} is no kind of picture that can be drawn.", hint=f"End its name in {', '.join(KINDS)}.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(
-            "A plot needs matplotlib, which is not installed.", hint='pip install "qlazy-llm[plot]", or pip install matplotlib'
-        )
+        raise UsageError("A plot needs matplotlib, which is not installed.", hint="pip install matplotlib")
     return require_writable(file)
 
 

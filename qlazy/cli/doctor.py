@@ -21,7 +21,7 @@ from qlazy.sizes import format_bytes
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "triton", "accelerate", "huggingface-hub", "gguf")
 """Packages whose versions matter."""
 
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+CPU_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 """Processor features that the products on a CPU use, as Linux names them."""
 
 VARIABLES = (
@@ -38,12 +38,14 @@ VARIABLES = (
     "CC",
     "XDG_CACHE_HOME",
     "XDG_CONFIG_HOME",
+    "QLAZY_CACHE",
     "QLAZY_NATIVE",
     "QLAZY_TRITON",
     "QLAZY_DEBUG",
 )
-"""Environment variables that change what qlazy does; QLAZY_NATIVE=0 quantizes and multiplies without the C compiler,
-QLAZY_TRITON=0 on a GPU without the Triton kernels, QLAZY_DEBUG=1 adds a traceback to errors."""
+"""Environment variables that change what qlazy does; QLAZY_CACHE is the folder of `--cache`, QLAZY_NATIVE=0 quantizes and
+multiplies without the C compiler, QLAZY_TRITON=0 on a GPU without the Triton kernels, QLAZY_DEBUG=1 adds a traceback to
+errors."""
 
 SECRETS = ("HF_TOKEN",)
 """Variables whose values are never shown."""

@@ -91,7 +91,7 @@ class Options:
     head_bits: Annotated[
         int | None,
         typer.Option(
-            help="Bits of an output head that is not tied to the embedding: 8 (default), 4 or 16.",
+            help="Bits of an output head not tied to the embedding: 8 (default; saved as GPTQ or bitsandbytes 16), 4 or 16.",
             rich_help_panel=_WHAT,
             show_default=False,
         ),

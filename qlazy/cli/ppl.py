@@ -31,7 +31,7 @@ _DTYPE_BYTES = {"float32": 4}
 
 
 @app.command(
-    epilog="Examples:\nqlazy ppl demo\nqlazy ppl llama-8b --bits 8 --file wiki.test.raw --tokens 20000\n"
+    epilog="Examples:\nqlazy ppl demo\nqlazy ppl llama-8b --bits 8 --file wiki.test.raw --max-tokens 20000\n"
     "qlazy ppl ./saved --reference org/name --json\nqlazy ppl llama-70b --no-reference"
 )
 @with_options
@@ -44,7 +44,9 @@ def ppl(
     context_length: Annotated[
         int, typer.Option("--context-length", "--ctx", "-c", min=2, help="Tokens of a window; each is read on its own.")
     ] = 512,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Use no more of the text than this many tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", "--tokens", min=1, help="Use no more of the text than this many tokens.")
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(help="Compare with this model, read in 16 bits; by default with MODEL in 16 bits.")
     ] = None,
@@ -52,7 +54,7 @@ def ppl(
     options: Options,
 ) -> None:
     """Load MODEL and measure its perplexity, and how far its predictions are from those in 16 bits."""
-    text = _read(file)
+    text = None if file is None else _read(file)
     if context_length > options.max_model_len:
         raise UsageError(
             f"A window of {context_length} tokens needs more than the {options.max_model_len} that memory is planned for.",
@@ -66,12 +68,13 @@ def ppl(
     from qlazy.cli import generate
     from qlazy.cli.progress import Display
     from qlazy.quality import score, summarize, table, to_json
-    from qlazy.windows import cut
+    from qlazy.windows import TEXT, cut
 
     generate.hush(options)
     with Display(silent=options.quiet or options.json) as display:
         source = generate.fetch(source, options, display)
-    windows = cut(generate.load_tokenizer(source), text, context_length, tokens)
+    text = TEXT.read_text("utf-8") if text is None else text
+    windows = cut(generate.load_tokenizer(source), text, context_length, max_tokens)
     recorded = None
     if plain is not None:
         # The quantized model is loaded when the reference is gone: what is held is the larger of the two, not both.
@@ -108,10 +111,10 @@ def bits_per_weight(plan: Plan) -> float | None:
     return 8 * sum(tensor.nbytes for tensor in packed) / numbers if numbers else None
 
 
-def _read(file: Path | None) -> str:
-    """The text; that which comes with qlazy where no file is given."""
+def _read(file: Path) -> str:
+    """The text of a file."""
     try:
-        return (file or Path(__file__).parents[1] / "prose.txt").read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}.", hint="Give --file a text file.") from None
     except UnicodeDecodeError as error:

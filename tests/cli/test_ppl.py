@@ -73,7 +73,7 @@ def test_everything_in_16_bits_is_the_reference_itself(qlazy, tiny, prose):
 
 
 def test_the_text_that_comes_with_qlazy(qlazy, tiny):
-    found = qlazy("ppl", tiny, "--no-reference", "--tokens", "100", "--json").json
+    found = qlazy("ppl", tiny, "--no-reference", "--max-tokens", "100", "--json").json
     assert found["tokens"] == 99 and found["windows"] == 1 and found["context_length"] == 512
     assert found["file"] is found["reference"] is found["kl_mean"] is None
 

@@ -26,7 +26,7 @@ needs_demo = pytest.mark.skipif(
 )
 needs_server = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "openai", "pydantic")),
-    reason="needs the server's packages: pip install 'qlazy-llm[serve]'",
+    reason="needs the server's packages: pip install '.[serve]' in a clone",
 )
 
 
