@@ -122,7 +122,7 @@ def load_quantized(
     verify: bool = False,
     cache: bool = False,
 ) -> PreTrainedModel:
-    """Load a model with its linear layers in 4 or 8 bits, never holding more than that and a small ring.
+    """Load a model with linear layers, experts and output head in 4 or 8 bits, never holding more than that and a small ring.
 
         model = qlazy.load_quantized("org/name", bits=4)
         model.generate(...)                  # an ordinary transformers model
@@ -165,8 +165,9 @@ def load_quantized(
         CorruptCheckpoint: a damaged file, by name of file and tensor.
         QlazyError: the model is not found or not supported.
 
-    Memory: on the host, the packed bytes that live there, the ring of 64 MiB, and 64 MiB of work buffers (more only for weights
-    that transformers must convert as a whole); on a GPU, the packed bytes and the chunks in flight.
+    Memory: on the host, the packed bytes that live there, the ring (64 MiB, for loads to GPUs 128 MiB), and 64 MiB of work
+    buffers (more only for weights that transformers must convert as a whole); on a GPU, the packed bytes and the chunks in
+    flight.
     """
     from qlazy.load import load
 
