@@ -71,7 +71,7 @@ def run(kernel: str, tile: Tile | None, x: Tensor, weight: Weight, bias: Tensor 
     rows, columns = weight.shape
     aligned = weight.packed.data_ptr() % 4 == 0
     if kernel == "bitsandbytes":
-        return _by_bitsandbytes(x, weight, bias)
+        return _by_bitsandbytes(x, weight, bias) if _has_bitsandbytes() else None
     if kernel == "gemv" and weight.kind == INT4:
         return gemv_int4(x, weight.packed, weight.scale, weight.zero, bias, tile=tile)
     if kernel == "gemv" and weight.kind == INT8 and weight.group_size % 4 == 0 and aligned:

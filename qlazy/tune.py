@@ -100,7 +100,8 @@ def device_name(device: str) -> str:
         raise DeviceUnavailable(f"PyTorch cannot use {device!r}: {str(error).splitlines()[0]}", hint=hint) from error
     if not probe.is_cuda or not gpu.has_kernels(probe):
         raise DeviceUnavailable(
-            f"The Triton kernels do not run on {device!r}: they need Triton and an NVIDIA GPU from Ampere on.", hint=hint
+            f"The Triton kernels do not run on {device!r}: they need Triton, a C compiler and an NVIDIA GPU from Ampere on.",
+            hint=hint,
         )
     return torch.cuda.get_device_name(probe.device)
 
@@ -126,12 +127,13 @@ def gpu_timer(device: torch.device) -> Timer:
         except OutOfResources:
             return float("inf")
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPETITIONS)]
-        for begin, end in pairs:
-            filler.zero_()  # takes longer than to launch what follows
-            begin.record()
-            work()
-            end.record()
-        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):  # events are of the current one
+            for begin, end in pairs:
+                filler.zero_()  # takes longer than to launch what follows
+                begin.record()
+                work()
+                end.record()
+            torch.cuda.synchronize()
         times = sorted(begin.elapsed_time(end) for begin, end in pairs)
         return float(times[len(times) // 2]) / 1e3
 

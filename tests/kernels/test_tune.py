@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
+import torch
 
 from qlazy import tune, tuned
 
@@ -21,6 +23,35 @@ def test_candidates_are_whole_tiles(kernel, bits):
                 assert 8 % tile["block_n"] == 0, "the zeros of a block's rows are read as one word"
 
 
+def test_the_clock_is_that_of_the_gpu_that_is_measured(monkeypatch):
+    pytest.importorskip("triton")
+    current, seen = ["cuda:0"], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            seen.append(current[-1])
+
+        def elapsed_time(self, end):
+            return 5.0
+
+    @contextlib.contextmanager
+    def device(asked):
+        current.append(str(asked))
+        yield
+        current.pop()
+
+    monkeypatch.setattr(tune.torch.cuda, "Event", Event)
+    monkeypatch.setattr(tune.torch.cuda, "device", device)
+    monkeypatch.setattr(tune.torch.cuda, "synchronize", lambda: seen.append(current[-1]))
+    clock = tune.gpu_timer(torch.device("meta"))  # which takes no memory
+    assert clock(lambda: torch.empty(0)) == 5e-3
+    assert seen == ["meta"] * (2 * tune.REPETITIONS + 1) and current == ["cuda:0"]
+    assert clock(lambda: None) == float("inf")
+
+
 def test_a_table_has_the_fastest(dispatch, tmp_path, monkeypatch):
     """The clock: narrow tiles are fast, GEMV up to 2 tokens, tensor cores never; bitsandbytes is not there."""
 
@@ -30,8 +61,12 @@ def test_a_table_has_the_fastest(dispatch, tmp_path, monkeypatch):
         kernel, tile, x, *_ = work.args
         if kernel == "gemm":
             return 9.0 + (tile.block_n != 64)
-        return x.shape[0] + tile.block_n / 100 if kernel == "gemv" else float("inf")
+        if kernel == "gemv":
+            return x.shape[0] + tile.block_n / 100
+        assert work() is None, "no kernel, and no step towards one"
+        return float("inf")
 
+    monkeypatch.setattr(dispatch.triton_products, "_by_bitsandbytes", lambda *args: pytest.fail("bitsandbytes is not there"))
     told: list[str] = []
     table = tune.tune("cpu", shapes=[(8, 128), (16, 64)], timer=seconds, on_progress=told.append)
     file = tmp_path / "table.json"
