@@ -13,6 +13,9 @@ from qlazy.formats import BNB_NESTED_BLOCK
 _NESTED_GRID = 1 << 16
 """Points between -1 and 1 to which bitsandbytes' CPU kernel rounds a scaled absmax before it looks for the nearest value."""
 
+_PIECE = 1 << 18
+"""Absmax worked on at a time, whole blocks, so that the work buffers (some 8 MiB) do not grow with the weight."""
+
 
 def nest_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Stores absmax in 8 bits: what bitsandbytes calls double quantization, or `compress_statistics`.
@@ -23,18 +26,21 @@ def nest_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         `absmax_packed` uint8 [B], `nested_absmax` float32 [ceil(B/256)] and `nested_offset` float32 [].
 
-    Memory: some 40 bytes for each absmax.
+    Memory: the result, half a byte for each absmax, and some 8 MiB.
     """
-    offset = _mean(absmax)
-    centred = absmax - offset
-    rest = -absmax.numel() % BNB_NESTED_BLOCK
-    blocks = torch.nn.functional.pad(centred, (0, rest)).view(-1, BNB_NESTED_BLOCK)
-    nested = blocks.abs().amax(1)
-    scaled = blocks.mul(nested.reciprocal()[:, None]).clamp_(-1.0, 1.0)
-    # A block of zeros has no scale, 0/0: code 0, which its absmax of 0 makes 0 again.
-    place = scaled.add_(1.0).mul_(0.5).mul_(_NESTED_GRID - 1).add_(0.5).nan_to_num_(nan=0.0)
-    packed = gpu.on_device(_nested_grid(), absmax.device)[place.int()]
-    return packed.view(-1)[: absmax.numel()].clone(), nested, offset
+    offset, grid = _mean(absmax), gpu.on_device(_nested_grid(), absmax.device)
+    packed = torch.empty_like(absmax, dtype=torch.uint8)
+    nested = absmax.new_empty(-(-absmax.numel() // BNB_NESTED_BLOCK))
+    for start in range(0, absmax.numel(), _PIECE):
+        centred = absmax[start : start + _PIECE] - offset
+        count = centred.numel()
+        blocks = torch.nn.functional.pad(centred, (0, -count % BNB_NESTED_BLOCK)).view(-1, BNB_NESTED_BLOCK)
+        span = nested[start // BNB_NESTED_BLOCK :][: blocks.shape[0]].copy_(blocks.abs().amax(1))
+        scaled = blocks.mul(span.reciprocal()[:, None]).clamp_(-1.0, 1.0)
+        # A block of zeros has no scale, 0/0: code 0, which its absmax of 0 makes 0 again.
+        place = scaled.add_(1.0).mul_(0.5).mul_(_NESTED_GRID - 1).add_(0.5).nan_to_num_(nan=0.0)
+        packed[start : start + count] = grid[place.int()].view(-1)[:count]
+    return packed, nested, offset
 
 
 def unnest_absmax(absmax_packed: Tensor, nested_absmax: Tensor, nested_offset: Tensor, code: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import platform
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlazy import nested
 
@@ -42,6 +43,34 @@ def test_it_is_one_number_whatever_the_number_of_threads(threads, blocks):
 def test_it_is_that_of_pytorch_on_one_thread(threads, blocks):
     threads(1)
     assert torch.equal(nested._mean(absmax(blocks)), absmax(blocks).mean())
+
+
+@pytest.mark.parametrize("blocks", [1, 255, 256, 257, 512, 513, 4096, 8200])
+def test_pieces_have_the_bytes_of_the_whole(blocks, monkeypatch):
+    values = absmax(blocks)
+    values[: min(blocks, 300)] = values.mean()
+    whole = nested.nest_absmax(values)
+    monkeypatch.setattr(nested, "_PIECE", 512)
+    for one, other in zip(nested.nest_absmax(values), whole, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_work_buffers_do_not_grow_with_the_weight(monkeypatch):
+    large: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            large.extend([str(func)] if made.numel() > 1024 else [])
+            return made
+
+    values = absmax(1 << 16)
+    nested.nest_absmax(values[:1024])  # makes the tables
+    monkeypatch.setattr(nested, "_PIECE", 1024)
+    monkeypatch.setattr(nested, "_mean", torch.mean)
+    with Watch():
+        nested.nest_absmax(values)
+    assert large == ["aten.empty_like.default"], "nothing but the codes"
 
 
 def test_a_weight_that_is_not_finite_stays_so():
