@@ -27,7 +27,8 @@ _library.define("experts_int4(Tensor x, Tensor counts, Tensor packed, Tensor sca
 _library.define("experts_int8(Tensor x, Tensor counts, Tensor packed, Tensor scale) -> Tensor")
 _library.define(
     "experts_codebook4(Tensor x, Tensor counts, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
-    "int out_features, str kind) -> Tensor"
+    "int out_features, str kind) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),  # it reads the counts on the host
 )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 DEVICES = {"cuda"}
 """Types of device that they run on; tests add `cpu`, where Triton's interpreter runs them."""
@@ -23,7 +26,7 @@ def has_kernels(tensor: Tensor) -> bool:
         tensor: On any device.
 
     Returns:
-        False on a CPU, without Triton, with `QLAZY_TRITON=0`, on an AMD GPU, and before Ampere.
+        False on a CPU, without Triton or the C compiler that it needs, with `QLAZY_TRITON=0`, on an AMD GPU, and before Ampere.
     """
     device = tensor.device
     return device.type in DEVICES and installed() and (device.type != "cuda" or _capable(device))
@@ -58,4 +61,13 @@ def on_device(constant: Tensor, device: torch.device) -> Tensor:
 
 @functools.cache
 def _capable(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return False
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_device()  # the first use compiles its C, with a compiler and Python.h
+    except Exception as error:  # whatever a compiler, a linker or an import has to say
+        logger.warning("no Triton kernels on %s, plain PyTorch is slower: %s", device, error)
+        return False
+    return True

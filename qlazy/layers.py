@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlazy import codebook, ops
+from qlazy import codebook, gpu, ops
 from qlazy.formats import BNB_BLOCK, Codebook4, Format, Int4, Int8
 from qlazy.native_product import Weight
 from qlazy.quant_linear import NonFiniteError, QuantLinear
@@ -92,6 +92,12 @@ class Codebook4Linear(QuantLinear):
     nested_absmax: Tensor
     nested_offset: Tensor
     _absmax: Tensor | None = None
+
+    def allocate(self, device: torch.device | str) -> None:  # noqa: D102
+        super().allocate(device)
+        # Now, as what is first copied in the warm-up of a CUDA graph lives in the memory of that graph.
+        for constant in (codebook.CODES[self.format.kind], codebook.nested_code()):
+            gpu.on_device(constant, self.weight_packed.device)
 
     def fill_rows(self, start: int, weight: Tensor) -> bool:  # noqa: D102
         with self._lock:

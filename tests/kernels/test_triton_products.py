@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from qlazy import blocks, experts, gather, gpu, tuned
+from qlazy import blocks, codebook, experts, gather, gpu, tuned
 from qlazy.formats import Codebook4, Format, Int4, Int8
 from qlazy.layers import LAYERS
 from qlazy.quant_linear import QuantLinear
@@ -169,6 +170,41 @@ def test_no_triton_no_kernels(monkeypatch):
     monkeypatch.setenv("QLAZY_TRITON", "0")
     assert not gpu.installed()
     gpu.installed.cache_clear()
+
+
+def test_no_c_compiler_no_kernels(monkeypatch, caplog):
+    pytest.importorskip("triton")
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.")
+
+    found, device = (8, 0), torch.device("cuda", 7)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda asked: found)
+    monkeypatch.setattr("triton.runtime.driver", Driver())
+    capable = gpu._capable.__wrapped__
+    assert not capable(device)
+    assert [record.message for record in caplog.records] == [
+        "no Triton kernels on cuda:7, plain PyTorch is slower: Failed to find C compiler."
+    ]
+    monkeypatch.setattr("triton.runtime.driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
+    assert capable(device)
+    found = (7, 5)
+    assert not capable(device) and len(caplog.records) == 1
+
+
+def test_constants_are_there_before_any_graph(monkeypatch):
+    seen, real = [], gpu.on_device
+    monkeypatch.setattr(gpu, "on_device", lambda constant, device: seen.append(id(constant)) or real(constant, device))
+    LAYERS[Codebook4](128, 24, format=Codebook4(), dtype=torch.float16, bias=None).allocate("cpu")
+    assert {id(codebook.CODES["nf4"]), id(codebook.nested_code())} <= set(seen)
+
+
+def test_only_the_op_that_waits_stays_out_of_graphs():
+    ops = torch.ops.qlazy
+    made = (ops.experts_int4, ops.experts_int8, ops.experts_codebook4, ops.linear_int4, ops.linear_codebook4)
+    assert [op for op in made if torch.Tag.cudagraph_unsafe in op.default.tags] == [ops.experts_codebook4]
 
 
 def test_embeddings_and_experts_ask_for_the_kernels(dispatch, monkeypatch):
