@@ -230,6 +230,7 @@ def test_experts_in_one_launch(block_m, dtype):
     weight = reference.dequantize_int4(packed, scale, zero, dtype=torch.float64).view(experts, rows, columns)
     counts = torch.tensor([0, 1, 100, 3, 64, 0, 17, 15], device=DEVICE)
     x = random_tokens(200, columns, dtype).to(DEVICE)
+    block_m = kernel("gemm").default_tile(block_m, dtype).block_m  # float32 has one tile
     blocks = kernel("grouped").group_blocks(counts, 200, block_m)
     stacked = (packed.view(experts, rows, -1), scale.view(experts, rows, -1), zero.view(experts, rows // 8, -1))
     y = kernel("grouped").grouped_gemm_int4(x, *stacked, blocks)
@@ -313,8 +314,12 @@ def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path):
     root = Path(__file__).parents[2]
     # Each tensor in an allocation of its own: within a larger one nobody would see a step over the end.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": f"{root}:{root / 'kernels'}"}
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script)]
+    # PyTorch asks the driver for things that it may not have: such answers are no errors of ours.
+    options = ["--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    command = [tool, *options, sys.executable, str(script)]
     done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=280)
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("this compute-sanitizer does not know the device")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
