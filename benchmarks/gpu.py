@@ -28,7 +28,7 @@ from gpu_report import render
 from machine import HERE, commit
 
 PARTS = {"kernels": 130.0, "load": 80.0, "decode": 165.0, "70b": 70.0}
-"""Seconds that each part may take."""
+"""Seconds that each part takes; of what time there is, it gets a share in this proportion."""
 
 SHARE_OF_DECODE = 0.65
 """What qlazy gets of decoding's time: it compiles; bitsandbytes has the rest."""
@@ -117,9 +117,10 @@ def main(arguments: list[str] | None = None) -> int:
     target = asked.out / f"{name}.json"
     result = json.loads(target.read_text()) if target.is_file() else {}
     parts = asked.only or list(PARTS)
-    for part in parts:
-        left = min(PARTS[part], end - time.perf_counter())
+    for number, part in enumerate(parts):
         began = time.perf_counter()
+        # What the parts before it did not need is shared out too.
+        left = (end - began) * PARTS[part] / sum(PARTS[other] for other in parts[number:])
         found = run_part(part, asked.work_dir, left, asked.model) if left > 10 else {"error": "no time was left"}
         found |= {"took_s": time.perf_counter() - began, "commit": asked.commit or this_commit(), "model": asked.model}
         result |= {"schema": 1, "device": gpu, "versions": versions(), part: found}

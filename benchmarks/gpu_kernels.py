@@ -96,7 +96,7 @@ def time_calls(calls: list[Call], x: Tensor) -> tuple[float, str]:
                 call(x)
         graph.replay()
         return _median_s(graph.replay) / len(calls), "graph"
-    except RuntimeError:
+    except Exception:  # as a graph is not what every library and compiler expects; if it is not that, it comes again below
         torch.cuda.synchronize()
         flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
         return _median_s(lambda: calls[0](x), before=flush.zero_), "events"
@@ -115,7 +115,7 @@ def measure(out: Path, seconds: float) -> None:
         for name, make in contenders(weight):
             try:
                 found["rows"] += _rows(label, name, make, (rows, columns), cache)
-            except (RuntimeError, ValueError, ImportError, NotImplementedError, AssertionError) as error:
+            except Exception as error:  # whatever a peer or a compiler raises: the others go on
                 found["absent"][f"{label}: {name}"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             torch.cuda.empty_cache()
         out.write_text(json.dumps(found))

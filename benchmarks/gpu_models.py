@@ -111,6 +111,17 @@ def tokens_per_s(model: Any) -> float:
     return NEW_TOKENS / (time.perf_counter() - began)
 
 
+def compiled(model: Any) -> float:
+    """Seconds that it takes to have a model decode through compiled code."""
+    from qlazy.compiled import compile_decoding, warm_up
+
+    torch._dynamo.reset()
+    compile_decoding(model)
+    model.generation_config.max_cache_len = 256
+    ids = torch.full((1, 16), 7, device="cuda")
+    return warm_up(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, model.generation_config)
+
+
 def measure_load(folder: Path, results: Results, deadline: float, import_bytes: int) -> None:
     files = sorted(folder.glob("*.safetensors"))
     warm(files)
@@ -130,21 +141,17 @@ def measure_load(folder: Path, results: Results, deadline: float, import_bytes: 
 
 
 def measure_decode(folder: Path, results: Results, deadline: float, import_bytes: int) -> None:
-    from qlazy.compiled import compile_decoding, warm_up
-
     for name in ("int4", "nf4", "int8"):
         if time.perf_counter() > deadline:
             return
         model, _ = load_once(folder, import_bytes, **FORMATS[name])
         results.add(format=name, how="generate", tokens_per_s=tokens_per_s(model))
         if name == "int4":
-            torch._dynamo.reset()
-            compile_decoding(model)
-            model.generation_config.max_cache_len = 256
-            ids = torch.full((1, 16), 7, device="cuda")
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            compile_s = warm_up(model, inputs, model.generation_config)
-            results.add(format=name, how="compiled", tokens_per_s=tokens_per_s(model), compile_s=compile_s)
+            try:
+                compile_s = compiled(model)
+                results.add(format=name, how="compiled", tokens_per_s=tokens_per_s(model), compile_s=compile_s)
+            except Exception as error:  # whatever a compiler or a graph raises: the other formats go on
+                results.note(not_compiled=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         del model
         free(None)
 

@@ -174,6 +174,8 @@ def _decode(part: dict[str, Any], result: dict[str, Any]) -> list[str]:
             f"transformers with bitsandbytes loads in {peer['seconds']:.1f} s, "
             f"host peak {peer['host_peak_bytes'] / MIB:.0f} MiB, device peak {peer['device_peak_bytes'] / MIB:.0f} MiB.",
         ]
+    if "not_compiled" in part:
+        lines += ["", f"Not compiled: {part['not_compiled']}"]
     if "error" in peer:
         lines += ["", f"Of the peer: {peer['error']}"]
     return lines

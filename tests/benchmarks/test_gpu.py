@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu
 import gpu_checkpoint
@@ -110,6 +111,9 @@ def kernel_row(shape: str, name: str, tokens: int, seconds: float, how: str = "g
     }
 
 
+STAMP = {"took_s": 12.0, "commit": "abc"}
+
+
 def result() -> dict:
     rows = [
         kernel_row("8b q, o", "bf16", 1, 20e-6),
@@ -119,20 +123,19 @@ def result() -> dict:
         kernel_row("8b q, o", "bitsandbytes nf4", 1, 10e-6, "events"),
     ]
     ceilings = {"copy_bytes_per_s": 3e12, "upload_bytes_per_s": 50e9, "matmul_flops": 700e12}
-    stamp = {"took_s": 12.0, "commit": "abc"}
     return {
         "schema": 1,
         "device": DEVICE,
         "versions": {"python": "3.12", "bitsandbytes": "absent"},
-        "kernels": {"ceilings": ceilings, "rows": rows, "absent": {"8b down: x": "RuntimeError: no"}, **stamp},
-        "load": {"rows": [LOAD], "read_bytes_per_s": 20e9, **stamp},
+        "kernels": {"ceilings": ceilings, "rows": rows, "absent": {"8b down: x": "RuntimeError: no"}, **STAMP},
+        "load": {"rows": [LOAD], "read_bytes_per_s": 20e9, **STAMP},
         "decode": {
             "rows": [{"format": "int4", "how": "compiled", "tokens_per_s": 200.0, "compile_s": 41.0}],
             "peer": {"rows": [{"format": "bitsandbytes nf4", "how": "generate", "tokens_per_s": 50.0}], "seconds": 30.0,
                      "host_peak_bytes": 1 << 30, "device_peak_bytes": 1 << 33},
-            **stamp,
+            **STAMP,
         },
-        "70b": {"rows": [LOAD | {"cache": "holes"}, {"tokens_per_s": 40.0}], "error": "took more than 70 s", **stamp},
+        "70b": {"rows": [LOAD | {"cache": "holes"}, {"tokens_per_s": 40.0}], "error": "took more than 70 s", **STAMP},
     }  # fmt: skip
 
 
@@ -163,9 +166,11 @@ def on_a_gpu(monkeypatch, tmp_path):
     """The benchmark with children that are only noted; they find what `found` says of them."""
     calls, found = [], {}
     monkeypatch.setattr(gpu, "device", lambda: DEVICE)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(perf_counter=lambda: 0.0))  # as if nothing took any
 
     def call(script, *words, timeout_s, more=None):
         calls.append((script, *words))
+        found.setdefault("given", {}).setdefault(words[0] if script == "gpu_models.py" else script, timeout_s)
         key = words[0] if script == "gpu_models.py" else script
         if script != "gpu_checkpoint.py" and key in found:
             Path(words[-2]).write_text(json.dumps(found[key]))
@@ -206,6 +211,47 @@ def test_all_parts_in_their_time(on_a_gpu):
     assert next(call[:2] for call in calls if "--holes" in call) == ("gpu_checkpoint.py", "70b")
     calls.clear()
     assert run("--seconds", "1") == 1 and calls == []
+
+
+def test_time_that_a_part_leaves_goes_to_the_later_ones(on_a_gpu):
+    run, _, found, _ = on_a_gpu
+    run("--seconds", "200")
+    given, shares = found["given"], list(gpu.PARTS.values())
+    for number, script in ((0, "gpu_kernels.py"), (1, "load"), (3, "70b")):
+        assert given[script] == pytest.approx(200 * shares[number] / sum(shares[number:])), script
+    assert given["70b"] == 200, "nothing took any"
+
+
+def test_a_failed_compile_costs_one_row(tmp_path, monkeypatch):
+    def fails(model):
+        raise TypeError("no such graph\nand where")
+
+    monkeypatch.setattr(gpu_models, "load_once", lambda *args, **options: (object(), {}))
+    monkeypatch.setattr(gpu_models, "tokens_per_s", lambda model: 3.0)
+    monkeypatch.setattr(gpu_models, "compiled", fails)
+    results = gpu_models.Results(tmp_path / "out.json")
+    gpu_models.measure_decode(tmp_path, results, float("inf"), 0)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["format"], row["how"]) for row in found["rows"]] == [(name, "generate") for name in ("int4", "nf4", "int8")]
+    assert found["not_compiled"] == "TypeError: no such graph"
+    assert "Not compiled: TypeError: no such graph" in gpu_report.render(result() | {"decode": found | STAMP})
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, type("OutOfResources", (Exception,), {})])
+def test_a_contender_that_fails_is_absent_and_others_go_on(tmp_path, monkeypatch, error):
+    def fails():
+        raise error("shared memory\nand where")
+
+    monkeypatch.setattr(gpu_kernels, "SHAPES", {"8b q, o": (8, 64)})
+    monkeypatch.setattr(gpu_kernels, "ceilings", dict)
+    monkeypatch.setattr(gpu_kernels.torch.cuda, "get_device_properties", lambda device: None)
+    monkeypatch.setattr(gpu_kernels.torch, "randn", lambda *shape, device: torch.zeros(shape))
+    monkeypatch.setattr(gpu_kernels, "contenders", lambda weight: iter([("peer", fails), ("bf16", lambda: (torch.relu, 2))]))
+    monkeypatch.setattr(gpu_kernels, "time_calls", lambda calls, x: (1e-6, "graph"))
+    gpu_kernels.measure(tmp_path / "out.json", 100.0)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {row["name"] for row in found["rows"]} == {"bf16"}
+    assert found["absent"] == {"8b q, o: peer": f"{error.__name__}: shared memory"}
 
 
 def test_unknown_part_is_refused(capsys):
