@@ -84,5 +84,6 @@ def _as_it_is(target: str, tensors: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _one_expert(convert: Convert, tensors: list[Tensor]) -> dict[str, Tensor]:
-    """A conversion of all experts, of one: a stack of one."""
-    return {name: values[0] for name, values in convert([tensors[0].unsqueeze(0)]).items()}
+    """A conversion of all experts, of one: a stack of one, as which it comes where there is no other."""
+    (matrix,) = tensors
+    return {name: values[0] for name, values in convert([matrix.reshape(1, *matrix.shape[-2:])]).items()}

@@ -137,9 +137,14 @@ def _converted(
     """
     sources = tuple(info for _, info in members)
     patterns = [pattern for pattern, _ in members]
+    # Whether `check_dims` turns is told here: by the time of the load the parameter that it compares with is a packed one.
+    turns = len(sources) == 1 and target in state and sources[0].shape != tuple(state[target].shape)
 
     def convert(tensors: list[Tensor]) -> dict[str, Tensor]:
         fresh = copy.deepcopy(converter)
+        for operation in fresh.operations:
+            if turns and isinstance(operation, Transpose):
+                operation.check_dims = False
         for pattern, info, tensor in zip(patterns, sources, tensors, strict=True):
             fresh.add_tensor(target, info.name, pattern, tensor)  # type: ignore[arg-type]
         made: dict[str, Any] = fresh.convert(target, model=model, config=model.config)

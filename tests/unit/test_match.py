@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.initialization import no_init_weights, no_tie_weights
 
@@ -274,6 +276,31 @@ def test_experts_of_another_size(mixtral):
     shapes = {name: (16, 25) if "w2" in name else shape for name, shape in mixtral_shapes(mixtral).items()}
     with pytest.raises(CorruptCheckpoint, match=r"\[12, 16, 25\].*\[12, 16, 24\]"):
         match_tensors(mixtral, source_of(shapes))
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_stored_stacks_that_are_turned_are_turned_without_a_look_at_the_parameter(experts):
+    """Qwen3-VL's are stored (E, K, N); when they are read, the parameter that says so has been replaced by a packed one."""
+    text = {**SMALL, "head_dim": 8, "num_experts": experts, "num_experts_per_tok": 1, "moe_intermediate_size": 24}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    model = placeholder(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+    shapes = shapes_of(model)
+    stacks = [name for name in shapes if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    assert len(stacks) == 4
+    match = match_tensors(model, source_of({name: (s[0], s[2], s[1]) if name in stacks else s for name, s in shapes.items()}))
+    for name in stacks:
+        path, _, leaf = name.rpartition(".")
+        del model.get_submodule(path)._parameters[leaf]
+        fills = [fill for fill in match.fills if fill.targets == (name,)]
+        assert len(fills) == experts
+        _, rows, columns = shapes[name]
+        stored = torch.randn(columns, rows)
+        for fill in fills:
+            assert fill.convert is not None
+            # As a stream gives it: in its own shape where these are all of its rows.
+            made = fill.convert([stored.unsqueeze(0) if experts == 1 else stored])[name]
+            assert torch.equal(made, stored.t())
 
 
 def gguf_processor(arch: str, **config: Any) -> Any:
