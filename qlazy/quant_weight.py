@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlazy.packed_stack import PackedStack
-from qlazy.weight_views import Matrix, Stacked, Values, call, is_number, seen
+from qlazy.weight_views import Matrix, Stacked, Values, call, is_number, matrix_number, refuse_in_place, seen
 
 
 class QuantWeight(PackedStack, Values):
@@ -22,9 +22,10 @@ class QuantWeight(PackedStack, Values):
     def __getitem__(self, index: Any) -> Any:
         """One expert's matrix, still packed; anything else of a dequantized copy."""
         if self.stack.experts and len(self.shape) == 3 and is_number(index):
-            return Matrix(self, int(index) % self.stack.experts, self.stack.transposed)
+            return Matrix(self, matrix_number(index, self.stack.experts), self.stack.transposed)
         if not self.stack.experts and isinstance(index, Tensor) and not index.is_floating_point() and index.dtype != torch.bool:
-            return self.gather(index)
+            # Numbers from the end are legal here, as in a tensor; in a lookup of an embedding they are not.
+            return self.gather(torch.where(index < 0, index + len(self), index))
         return self.dequantize()[index]
 
     def __len__(self) -> int:
@@ -38,6 +39,7 @@ class QuantWeight(PackedStack, Values):
         except AttributeError:
             if name.startswith("_") or not hasattr(Tensor, name):
                 raise
+        refuse_in_place(name)
         return getattr(self.dequantize(), name)
 
     @property
@@ -86,7 +88,8 @@ class QuantWeight(PackedStack, Values):
 
     def transpose(self, dim0: int, dim1: int) -> Any:
         """With each matrix turned, still packed."""
-        if {dim0 % self.ndim, dim1 % self.ndim} != {self.ndim - 1, self.ndim - 2}:
+        is_flat = self.stack.experts and self.ndim == 2
+        if is_flat or {dim0 % self.ndim, dim1 % self.ndim} != {self.ndim - 1, self.ndim - 2}:
             return self.dequantize().transpose(dim0, dim1)
         return seen(self).turned()
 

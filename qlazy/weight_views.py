@@ -97,6 +97,7 @@ class Matrix(Values):
         """What a dequantized copy has of that name."""
         if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(name)
+        refuse_in_place(name)
         return getattr(self.dequantize(), name)
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -150,7 +151,7 @@ class Stacked(Values):
     def __getitem__(self, index: Any) -> Any:
         """One matrix, still packed."""
         if is_number(index):
-            return Matrix(self.weight, int(index) % self.weight.stack.experts, self.is_turned)
+            return Matrix(self.weight, matrix_number(index, self.weight.stack.experts), self.is_turned)
         return self.dequantize()[index]
 
     @classmethod
@@ -184,6 +185,35 @@ def is_number(index: Any) -> bool:
     )
 
 
+def matrix_number(index: Any, count: int) -> int:
+    """Which matrix an index means.
+
+    Args:
+        index: One integer; below 0 it counts from the end.
+        count: How many matrices there are.
+    Returns:
+        From 0 on.
+    Raises:
+        IndexError: there is no such matrix, by which a loop over them ends.
+    """
+    number = int(index)
+    if not -count <= number < count:
+        raise IndexError(f"index {number} is out of bounds: there are {count} matrices")
+    return number % count
+
+
+def refuse_in_place(name: str) -> None:
+    """Refuse what would change a copy that nobody keeps.
+
+    Args:
+        name: Of a function or method.
+    Raises:
+        TypeError: by its name it changes its tensor in place.
+    """
+    if name.endswith("_") and not name.endswith("__"):
+        raise TypeError(f"A packed weight cannot be changed in place ({name}); dequantize() gives a copy.")
+
+
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a torch function of packed weights is: a product, a lookup, or the function of dequantized copies.
 
@@ -193,6 +223,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs: The same by name.
     Returns:
         Its result.
+    Raises:
+        TypeError: it would change a packed weight in place.
 
     Memory: the result; for functions other than products and lookups also a dequantized copy.
     """
@@ -204,6 +236,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, other = args[0], seen(args[1]) if isinstance(args[1], PackedStack) and _is_matrices(args[1]) else args[1]
         if isinstance(other, Matrix) or (isinstance(other, Stacked) and x.dim() == 3 and x.shape[0] == other.shape[0]):
             return other.multiply(x)
+    if isinstance(next(iter((*args, *kwargs.values())), None), PackedStack | Matrix | Stacked):
+        refuse_in_place(getattr(func, "__name__", ""))
     return func(*_plain(args), **_plain(kwargs))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from qlazy import ops
 from qlazy.formats import Codebook4, Format, Int4, Int8
 from qlazy.quant_linear import NonFiniteError
 from qlazy.quant_weight import Matrix, QuantWeight
@@ -93,6 +95,37 @@ def test_what_is_not_taken_over_has_a_dequantized_copy():
         _ = weight.no_such_thing
 
 
+def test_a_loop_over_experts_ends():
+    weight = made(Int8())
+    for of in (weight, weight.transpose(1, 2)):
+        assert len(list(itertools.islice(iter(of), 9))) == 3
+        for number in (3, -4, torch.tensor(3)):
+            with pytest.raises(IndexError, match="there are 3 matrices"):
+                of[number]
+
+
+def test_a_write_that_would_be_lost_is_an_error():
+    weight, table = made(Int8()), made(Int8(), experts=0)
+    for write in (
+        lambda: weight.zero_(),
+        lambda: weight[0].mul_(2),
+        lambda: weight.data.copy_(torch.zeros(3, 72, 64)),
+        lambda: nn.init.normal_(weight),  # type: ignore[arg-type]
+        lambda: torch.relu_(table),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=r"cannot be changed in place \(\w+_\); dequantize\(\) gives a copy"):
+            write()
+    assert torch.equal(torch.zeros(72, 64).add_(table), table.dequantize())  # type: ignore[arg-type]
+
+
+def test_experts_in_one_matrix_are_turned_together():
+    weight = QuantWeight((192, 32), stack=Stack(experts=3, rows=64, columns=32), format=Int4(), dtype=torch.float32)
+    weight.allocate("cpu")
+    weight.fill(torch.randn(192, 32))
+    plain = weight.dequantize().t()
+    assert all(torch.equal(turned, plain) for turned in (weight.t(), weight.T, weight.mT, weight.transpose(0, 1)))
+
+
 def test_experts_in_one_matrix_are_seen_as_a_stack_by_view():
     stack = Stack(experts=3, rows=64, columns=32)
     weight = QuantWeight((192, 32), stack=stack, format=Int4(), dtype=torch.float32)
@@ -117,8 +150,30 @@ def test_a_table_embeds_and_is_a_head(name):
     assert torch.equal(embedding(ids), plain[ids])
     x = torch.randn(4, 64)
     assert close(head(x), x @ plain.T)
+    for number in (70, -1):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([number]))
+    assert torch.equal(table[torch.tensor([-1, 2, -70])], plain[torch.tensor([-1, 2, -70])])
     with pytest.raises(IndexError):
-        embedding(torch.tensor([70]))
+        table[torch.tensor([-71])]
+    assert embedding(torch.empty(0, dtype=torch.int64)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("columns", [64, 320, 80])
+@pytest.mark.parametrize("name", ["nf4-dq", "nf4"])
+def test_a_lookup_in_a_codebook_dequantizes_no_other_rows(name, columns, monkeypatch):
+    table = made(FORMATS[name], experts=0, rows=70, columns=columns)
+    plain, asked = table.dequantize(), []
+    dequantize_rows = ops.dequantize_rows
+
+    def counted(weight, start, stop, out):
+        asked.append(stop - start)
+        return dequantize_rows(weight, start, stop, out)
+
+    monkeypatch.setattr(ops, "dequantize_rows", counted)
+    ids = torch.tensor([69, 0, 0, 33])
+    assert torch.equal(table[ids], plain[ids])
+    assert sum(asked) == (4 if columns % 64 == 0 else 70)
 
 
 def test_gradients_pass_to_what_lies_below():
