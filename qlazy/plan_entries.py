@@ -143,12 +143,12 @@ def _held_bytes(t: TensorInfo) -> int:
 
 
 def require_unquantized(source: Source) -> None:
-    """Refuse a checkpoint that is quantized in a way that is not read.
+    """Refuse a checkpoint that is quantized in a way that is not read, and experts that a GGUF file fuses.
 
     Args:
         source: An opened source.
     Raises:
-        UnsupportedModel: with the name of the method, or of the first tensor in eight-bit floats.
+        UnsupportedModel: with the name of the method, or of the first tensor of fused experts or in eight-bit floats.
     """
     hint = "Name the original model in 16 bits."
     said = quantization(source.config)
@@ -159,6 +159,12 @@ def require_unquantized(source: Source) -> None:
             hint=hint,
         )
     if source.kind == "gguf":
+        for t in source.tensors.values():
+            if "_exps" in t.name and len(t.shape) > 2:
+                raise UnsupportedModel(
+                    f"{t.path.name}: {t.name!r} has {len(t.shape)} dimensions; fused experts in GGUF files are not read.",
+                    hint="Use the model's safetensors files.",
+                )
         return
     for t in source.tensors.values():
         if t.dtype.startswith("float8"):

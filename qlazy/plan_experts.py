@@ -14,6 +14,8 @@ from qlazy.plan_data import Entry
 _ONE = re.compile(r"(.*\bexperts)\.([0-9]+)\.(.*)")
 _GATE_AND_UP = (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3"))
 """Names of the two matrices that transformers fuses into one, gate first."""
+_DOWN = ("w2", "fc2")
+"""Names of the third, which transformers calls `down_proj`."""
 _FLAT = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
 """Stacks of experts that are stored as one matrix, as Dbrx has them."""
 
@@ -81,10 +83,11 @@ def expert_count(config: Mapping[str, Any]) -> int:
 
 
 def _role(rest: str) -> str:
-    """What a matrix of an expert is: gate and up are one."""
-    words = rest.removesuffix(".weight").split(".")
-    fused = any(words[-1] in pair for pair in _GATE_AND_UP)
-    return ".".join([*words[:-1], "gate_up_proj" if fused else words[-1]])
+    """What a matrix of an expert is in the model: gate and up are one."""
+    *path, last = rest.removesuffix(".weight").split(".")
+    if any(last in pair for pair in _GATE_AND_UP):
+        last = "gate_up_proj"
+    return ".".join([*path, "down_proj" if last in _DOWN else last])
 
 
 def _turned(entry: Entry, config: Mapping[str, Any], hidden: Any) -> Entry:

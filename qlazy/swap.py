@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,13 +43,13 @@ def swap_layers(model: PreTrainedModel, plan: Plan, match: Match, source: Source
 
     Memory: none; the new layers have no storage.
     """
-    untie(model, match, both=plan.recipe.embedding is not None)
+    twice = untie(model, match, both=plan.recipe.embedding is not None)
     read: dict[str, int] = {}
     for fill in match.fills:
         for target in fill.targets:
             read[target] = read.get(target, 0) + fill.nbytes // len(fill.targets)
     exact = allocate(
-        entries_of(model, read),
+        entries_of(model, read, twice),
         source,
         plan.recipe,
         plan.budget,
@@ -79,7 +79,7 @@ def is_replaced(model: PreTrainedModel, tensor: Entry | TensorPlan) -> bool:
     Returns:
         True for linear layers of torch's and transformers' own classes whose weight has one name.
     """
-    if tensor.kind not in ("linear", "head"):
+    if tensor.kind not in ("linear", "head", "tied"):
         return False
     is_tied = tensor.name in _tied_groups(getattr(model, "all_tied_weights_keys", {}))
     return not is_tied and type(model.get_submodule(tensor.name.removesuffix(".weight"))) in (nn.Linear, Conv1D)
@@ -126,7 +126,7 @@ def _tied_groups(tied: Mapping[str, str]) -> dict[str, set[str]]:
     return groups
 
 
-def untie(model: PreTrainedModel, match: Match, *, both: bool = False) -> None:
+def untie(model: PreTrainedModel, match: Match, *, both: bool = False) -> set[str]:
     """Take a pair that is stored as two different tensors off the model's tied weights, so that an output head may be packed.
 
     The config is wrong then, and transformers does not tie such a pair either, though it can tell only after loading.
@@ -136,17 +136,25 @@ def untie(model: PreTrainedModel, match: Match, *, both: bool = False) -> None:
         match: What fills it.
         both: Also a pair of an embedding that is stored twice with the same values, as each is packed on its own then; pairs of
             other weights always.
+    Returns:
+        Names of an embedding and a head that are stored twice with the same values: each is packed as what is tied is.
 
     Memory: three samples of at most 4 KiB of each tensor, read here. A pair whose samples are equal stays tied.
     """
     stored = {fill.targets[0]: fill.sources[0] for fill in match.fills if fill.convert is None}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    twice: set[str] = set()
     for target, origin in list(tied.items()):
         one, other = stored.get(target), stored.get(origin)
         of_table = any(isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding) for name in (target, origin))
-        packed_twice = both or not of_table
-        if one and other and one.dtype == other.dtype and (packed_twice or _sample(one) != _sample(other)):
+        if not (one and other and one.dtype == other.dtype):
+            continue
+        is_equal = of_table and _sample(one) == _sample(other)
+        if is_equal and both:
+            twice |= {target, origin}
+        if both or not is_equal:
             del tied[target]
+    return twice
 
 
 def _sample(tensor: TensorInfo) -> list[bytes]:
@@ -180,12 +188,13 @@ class _Held:
     tensor: Tensor
 
 
-def entries_of(model: PreTrainedModel, read: Mapping[str, int]) -> list[Entry]:
+def entries_of(model: PreTrainedModel, read: Mapping[str, int], twice: Collection[str] = ()) -> list[Entry]:
     """What a model holds, as the planner sees it: every parameter and buffer once, tied ones under the name that is filled.
 
     Args:
         model: A placeholder, its layers not swapped yet.
         read: Bytes that are read for each tensor, by name; what is not named is not in the checkpoint.
+        twice: Names of weights that are not tied, but have the same values.
     Returns:
         One entry a tensor, in the model's order.
     """
@@ -197,6 +206,8 @@ def entries_of(model: PreTrainedModel, read: Mapping[str, int]) -> list[Entry]:
             continue
         shape = tuple(held.tensor.shape)
         kind = _kind(name, held, roles, read)
+        if kind == "head" and name in twice:
+            kind = "tied"
         if kind in ("linear", "head") and isinstance(held.owner, Conv1D):
             shape = (shape[1], shape[0])
         stack = stack_of(held.owner, name.rpartition(".")[2]) if kind == "experts" else None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -142,6 +143,31 @@ def test_family(family, original, tmp_path):
     assert error(logits(ours), original_logits) < 0.5
 
 
+@pytest.mark.parametrize("experts", [1, 4])
+def test_stacks_that_are_stored_turned(experts, tmp_path):
+    """Qwen3-VL's checkpoints have (E, K, N), its model (E, N, K): transformers tells by comparing the shapes."""
+    text = BASE | {"num_experts": experts, "moe_intermediate_size": 48, "num_experts_per_tok": 1}
+    vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    torch.manual_seed(0)
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    reference = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    reference.set_experts_implementation("eager")
+    stored = {
+        name: tensor.transpose(1, 2).contiguous() if "mlp.experts." in name else tensor.clone()
+        for name, tensor in reference.state_dict().items()
+    }
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    reference.config.architectures = [type(reference).__name__]
+    reference.config.save_pretrained(tmp_path)
+    ours = qlazy.load_quantized(tmp_path, device_map="cpu", dtype="float32")
+    stacks = {path for path, module in ours.named_modules() if isinstance(module, QuantWeight)}
+    assert len(stacks) == 4
+    before = logits(reference)
+    assert error(logits(ours), logits(dequantize_into(reference, ours))) < 1e-5
+    assert error(logits(ours), before) < 0.5
+
+
 @pytest.mark.parametrize(
     "options", [{"bits": 8}, {"format": "nf4"}, {"format": "fp4", "double_quant": False}, {"group_size": 64}]
 )
@@ -174,9 +200,9 @@ def test_adapters_below_experts_get_their_gradients(tmp_path):
 def test_a_part_of_the_experts_may_keep_its_dtype(tmp_path):
     reference = build("mixtral")
     reference.save_pretrained(tmp_path)
-    ours = qlazy.load_quantized(
-        tmp_path, device_map="cpu", dtype="float32", module_bits={"experts.down_proj": 16, "layers.0": 8}
-    )
+    options: dict[str, Any] = {"dtype": "float32", "module_bits": {"experts.down_proj": 16, "layers.0": 8}}
+    ours = qlazy.load_quantized(tmp_path, device_map="cpu", **options)
+    require_exact_plan(ours, tmp_path, **options)
     held = {t.name: t.format for t in ours.qlazy_report.plan.tensors if t.kind == "experts"}  # type: ignore[attr-defined]
     assert {name: fmt for name, fmt in held.items() if "layers.0" in name} == {
         f"model.layers.0.mlp.experts.{p}": Int8() for p in ("gate_up_proj", "down_proj")
@@ -223,12 +249,17 @@ def test_a_tied_table_is_held_once_and_follows_to_another_dtype(checkpoint):
     assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
 
 
-def test_a_pair_that_is_stored_twice_is_packed_twice(copied, rewrite):
+TABLES: list[dict[str, Any]] = [{"embedding_bits": 8}, {"embedding_bits": 4}, {"embedding_bits": 8, "head_bits": 16}]
+
+
+@pytest.mark.parametrize("options", TABLES, ids=str)
+def test_a_pair_that_is_stored_twice_is_packed_twice(copied, rewrite, options):
     folder = copied("llama-tied")
     from tests.integration.conftest import stored
 
     rewrite(folder, {"lm_head.weight": stored(folder)["model.embed_tokens.weight"].clone()})
-    ours = qlazy.load_quantized(folder, device_map="cpu", dtype="float32", embedding_bits=8)
+    ours = qlazy.load_quantized(folder, device_map="cpu", dtype="float32", **options)
+    require_exact_plan(ours, folder, dtype="float32", **options)
     assert isinstance(ours.lm_head, QuantLinear) and isinstance(ours.model.embed_tokens.weight, QuantWeight)
     assert torch.equal(ours.lm_head.dequantize(), ours.model.embed_tokens.weight.dequantize())
 

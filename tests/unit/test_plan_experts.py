@@ -1,4 +1,4 @@
-"""Plans of mixtures of experts from headers alone, at the real widths of real models: to the byte what the model's own plan says."""
+"""Plans of mixtures of experts from headers alone, at the widths of real models: to the byte what the model's own plan says."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights, no_tie_weights
 
 from qlazy.budget import Budget
+from qlazy.errors import UnsupportedModel
 from qlazy.lazy import lazy_build
 from qlazy.match import match_tensors
 from qlazy.plan import make_plan
 from qlazy.plan_data import Entry
+from qlazy.plan_entries import entries
 from qlazy.plan_experts import stack_experts
 from qlazy.recipe import make_recipe
 from qlazy.source import Source, TensorInfo
@@ -110,6 +112,30 @@ def test_experts_that_are_not_alike_stay_as_they_are():
         assert stack_experts(other, {}) == other
     down = [entry(f"a.experts.{e}.down_proj.weight", 32, 64) for e in range(2)]
     assert [e.shape for e in stack_experts(down, {})] == [(2, 32, 64)]
+
+
+def test_an_expert_is_called_as_in_the_model():
+    for down in ("w2", "fc2", "down_proj"):
+        (one,) = stack_experts([entry(f"a.experts.{e}.{down}.weight", 32, 64) for e in range(2)], {})
+        assert one.name == "a.experts.down_proj"
+
+
+def test_a_gguf_file_with_fused_experts_is_refused_before_the_load():
+    info = TensorInfo(
+        name="blk.0.ffn_up_exps.weight", shape=(4, 64, 32), dtype="Q4_0", path=Path("a.gguf"), offset=0, nbytes=4608
+    )
+    source = Source(
+        model_id="a.gguf",
+        resolved="/a.gguf",
+        revision=None,
+        kind="gguf",
+        folder=None,
+        gguf_file="a.gguf",
+        config={"model_type": "qwen2_moe", "num_hidden_layers": 1},
+        tensors={info.name: info},
+    )
+    with pytest.raises(UnsupportedModel, match=r"'blk\.0\.ffn_up_exps\.weight' has 3 dimensions; fused experts in GGUF"):
+        entries(source, "bfloat16")
 
 
 def test_stored_stacks_are_turned_by_the_width_of_the_model():
