@@ -7,6 +7,7 @@ gives the same layers with its own bounded and overlapped pipeline.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4, Format, Int4
+from qlazy.plan_data import Entry
 from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
 from qlazy.recipe import Recipe, make_recipe
 from qlazy.save_model import model_config, model_layout, model_tensors
@@ -175,10 +177,14 @@ class QlazyQuantizer(HfQuantizer):
                 hint="Use qlazy.load_quantized, or leave embedding_bits out.",
             )
         everything = dict.fromkeys(model.state_dict(), 0)
+        left: list[Entry] = []
         for entry in entries_of(model, everything):
-            rows, columns = entry.shape if len(entry.shape) == 2 else (0, 0)
+            rows, columns = entry.shape[-2:] if len(entry.shape) == 2 or entry.kind == "experts" else (0, 0)
             fmt, _ = recipe.format_for(entry.kind, entry.name, rows, columns)
-            if fmt is None or not is_replaced(model, entry):
+            if fmt is None:
+                continue
+            if not is_replaced(model, entry):
+                left.append(entry)
                 continue
             path = entry.name.removesuffix(".weight")
             layer: Any = model.get_submodule(path)
@@ -186,6 +192,7 @@ class QlazyQuantizer(HfQuantizer):
             # transformers looks for the weight by its key; this stands in for it until `_Quantize` has filled the layer.
             swapped._parameters["weight"] = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
             model.set_submodule(path, swapped)
+        _tell_left(left)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -275,6 +282,17 @@ class QlazyQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """True: the weights are frozen, but gradients pass through the layers to adapters below them."""
         return True
+
+
+def _tell_left(left: list[Entry]) -> None:
+    """Say what the recipe packs and this way of loading does not: an error where it is experts, nearly all of a model."""
+    experts = [entry.name for entry in left if entry.kind == "experts"]
+    names = experts or [entry.name for entry in left]
+    said = f"from_pretrained leaves {len(names)} weights in 16 bits that the recipe packs, {(names or [''])[0]!r} is one."
+    if experts:
+        raise UsageError(said, hint="Use qlazy.load_quantized, or name them in modules_to_not_convert.")
+    if names:
+        warnings.warn(f"{said} Use qlazy.load_quantized, or name them in modules_to_not_convert.", stacklevel=2)
 
 
 class _Quantize(ConversionOps):

@@ -11,7 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import qlazy
@@ -223,3 +231,25 @@ def test_packed_embeddings_are_refused_in_place_of_left_out():
     with pytest.raises(UsageError, match="embedding_bits is 8") as caught:
         quantizer._process_model_before_weight_loading(model)
     assert "load_quantized" in str(caught.value.hint)
+
+
+def test_experts_are_refused_in_place_of_left_in_16_bits(tmp_path):
+    sizes = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"leaves 2 weights .* 'model\.layers\.0\.mlp\.experts\.gate_up_proj' is one"
+    ) as caught:
+        load(tmp_path)
+    assert "load_quantized" in str(caught.value.hint) and "modules_to_not_convert" in str(caught.value.hint)
+    kept = load(tmp_path, QlazyConfig(modules_to_not_convert=["experts"]))
+    assert isinstance(kept.model.layers[0].self_attn.q_proj, QuantLinear)
+    assert isinstance(kept.model.layers[0].mlp.experts.down_proj, nn.Parameter)
+
+
+def test_a_table_that_module_bits_names_is_left_with_a_warning():
+    sizes = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 0}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
+    quantizer = QlazyQuantizer(QlazyConfig(module_bits={"embed_tokens": 8}))
+    with pytest.warns(UserWarning, match=r"leaves 1 weights .* 'model\.embed_tokens\.weight' is one.*load_quantized"):
+        quantizer._process_model_before_weight_loading(model)
