@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlazy.chunks import Chunk, worker_count
-from qlazy.fill import Fill, row_count, straight_fill
+from qlazy.fill import Fill, bytes_of_rows, row_count, straight_fill
+from qlazy.fill_experts import by_expert
 from qlazy.lazy.log import record_of
-from qlazy.lazy.shard import is_cuttable, materialize_rows, materialize_shard
+from qlazy.lazy.shard import is_cuttable, materialize_shard
 from qlazy.match import Match
 from qlazy.placeholder import construct
+from qlazy.plan import RING_BYTES
 from qlazy.source import Source, TensorInfo
 
 RUN_ELEMENTS = 1 << 26
@@ -33,31 +35,40 @@ class Drawn:
 
     Args:
         reference: The model as it is built eagerly, without memory.
-        fills: What becomes of what.
+        fills: What becomes of what; those of one tensor one after the other.
         place: Called with every piece.
-        chunk_bytes: Size of the pieces.
+        chunk_bytes: Size of the pieces, unless 64 rows, or a matrix that is converted, have more.
+        ring_bytes: Bytes of all pieces at a time, unless one has more.
 
     Memory: a piece for each worker; a whole tensor, one at a time, where its operations cannot be cut.
     """
 
     def __init__(
-        self, reference: nn.Module, fills: tuple[Fill, ...], place: Callable[[Chunk, list[Tensor]], None], chunk_bytes: int
+        self,
+        reference: nn.Module,
+        fills: tuple[Fill, ...],
+        place: Callable[[Chunk, list[Tensor]], None],
+        chunk_bytes: int,
+        ring_bytes: int = RING_BYTES,
     ) -> None:
         self._tensors: dict[str, Tensor] = dict(reference.named_parameters()) | dict(reference.named_buffers())
         self._fills = fills
         self._place = place
         self._chunk_bytes = chunk_bytes
+        self._ring_bytes = ring_bytes
         self._count = threading.Lock()
         self._whole = threading.Lock()
         self.bytes_done = 0
 
     def __enter__(self) -> Drawn:
         """As a stream is entered."""
+        self._torch_threads = torch.get_num_threads()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Nothing to close."""
+        """Nothing to close; what workers set is set back, for threads that are started later."""
         self._tensors.clear()
+        torch.set_num_threads(self._torch_threads)
 
     def __iter__(self) -> Iterator[int]:
         """Draw and place in workers, each with one thread for an operation as in a stream, so that sums are the same.
@@ -65,7 +76,8 @@ class Drawn:
         Yields:
             Bytes done so far, after each run of rows.
         """
-        workers = worker_count(self._fills)
+        largest = max((self._piece_bytes(fill) for fill in self._fills), default=1)
+        workers = max(1, min(worker_count(self._fills), self._ring_bytes // max(1, largest)))
         with ThreadPoolExecutor(workers, "qlazy-draw", lambda: torch.set_num_threads(1)) as pool:
             running: set[Future[None]] = set()
             for run in self._runs():
@@ -83,57 +95,71 @@ class Drawn:
         """What each worker makes at a time: rows that are drawn one after the other, across tensors."""
         run: list[_Rows] = []
         room = RUN_ELEMENTS
-        for fill in self._fills:
-            (name,) = fill.targets
+        for name, group in itertools.groupby(self._fills, lambda fill: fill.targets[0]):
             tensor = self._tensors[name].detach()
-            rows, start = tensor.shape[0] if tensor.dim() else 1, 0
-            row = max(1, tensor.numel() // max(1, rows))
-            whole = fill.convert is not None or tensor.dim() == 0 or not is_cuttable(tensor)
-            while start < rows:
-                stop = rows if whole else min(rows, start + self._blocks_of(fill, tensor, room // row))
-                run.append(_Rows(fill, tensor, start, stop, whole))
-                room -= (stop - start) * row
-                start = stop
+            for rows in self._parts(tensor, tuple(group)):
+                run.append(rows)
+                room -= sum(stop - start for start, stop in rows.spans) * _columns(tensor)
                 if room <= 0:
                     yield run
                     run, room = [], RUN_ELEMENTS
         yield run
 
+    def _parts(self, tensor: Tensor, fills: tuple[Fill, ...]) -> Iterator[_Rows]:
+        """Rows of one tensor, about as many elements as a run has; all at once where they cannot be made in parts."""
+        if tensor.dim() == 0 or not is_cuttable(tensor):
+            yield _Rows(tensor, fills, tuple(fill.all_spans[0] for fill in fills), is_whole=True)
+            return
+        for fill in fills:
+            first, last = fill.all_spans[0]
+            step = self._rows_of(fill, RUN_ELEMENTS * tensor.element_size())
+            for start in range(first, last, step):
+                yield _Rows(tensor, (fill,), ((start, min(last, start + step)),), is_whole=False)
+
     def _make(self, run: list[_Rows]) -> None:
         for rows in run:
-            with self._whole if rows.whole else contextlib.nullcontext(), torch.no_grad():
-                for chunk, values in self._pieces(rows):
-                    self._place(chunk, [values])
-                    with self._count:
-                        self.bytes_done += values.nbytes
+            with self._whole if rows.is_whole else contextlib.nullcontext(), torch.no_grad():
+                made = materialize_shard(rows.tensor) if rows.is_whole else rows.tensor
+                for fill, span in zip(rows.fills, rows.spans, strict=True):
+                    self._make_rows(fill, made, *span)
 
-    def _pieces(self, rows: _Rows) -> Iterator[tuple[Chunk, Tensor]]:
-        fill, tensor = rows.fill, rows.tensor
-        if fill.convert is not None or tensor.dim() == 0:
-            yield Chunk(fill=fill, start=0, stop=row_count(tuple(tensor.shape))), materialize_shard(tensor)
-            return
-        inner = math.prod(tensor.shape[1:-1])
-        row_bytes = inner * tensor.shape[-1] * tensor.element_size() if tensor.dim() > 1 else tensor.element_size()
-        step = self._blocks_of(fill, tensor, self._chunk_bytes // max(1, row_bytes))
-        for start, values in materialize_rows(tensor, step, rows.start, rows.stop):
-            values = values.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else values
-            yield Chunk(fill=fill, start=start * inner, stop=start * inner + values.shape[0]), values
+    def _make_rows(self, fill: Fill, made: Tensor, first: int, last: int) -> None:
+        columns, step = _columns(made), self._rows_of(fill, self._chunk_bytes)
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            values = made if made.dim() == 0 else materialize_shard(made, flat=slice(start * columns, stop * columns))
+            values = values.view(-1, columns) if made.dim() > 1 else values
+            self._place(Chunk(fill=fill, start=start, stop=stop), [values])
+            with self._count:
+                self.bytes_done += values.nbytes
 
-    def _blocks_of(self, fill: Fill, tensor: Tensor, rows: int) -> int:
-        """So many rows of the first dimension, or fewer, that low-bit layers can take: whole blocks, and at least one."""
-        block = fill.row_block // math.gcd(fill.row_block, math.prod(tensor.shape[1:-1]))
-        return max(1, rows // block) * block
+    def _rows_of(self, fill: Fill, nbytes: int) -> int:
+        """Rows that come together: of so many bytes, in blocks that low-bit layers can take, or all that are converted."""
+        info = fill.sources[0]
+        first, last = fill.all_spans[0]
+        if fill.convert is not None:
+            return max(1, last - first)
+        rows = nbytes * max(1, row_count(info.shape)) // max(1, info.nbytes)
+        return max(1, rows // fill.row_block) * fill.row_block
+
+    def _piece_bytes(self, fill: Fill) -> int:
+        first, last = fill.all_spans[0]
+        return bytes_of_rows(fill.sources[0], first, min(last, first + self._rows_of(fill, self._chunk_bytes)))
 
 
 class _Rows(NamedTuple):
     """Rows of one tensor."""
 
-    fill: Fill
     tensor: Tensor
-    start: int
-    stop: int
-    whole: bool
-    """Whether all of it has to be made at once."""
+    fills: tuple[Fill, ...]
+    spans: tuple[tuple[int, int], ...]
+    """First row, and one past the last, of each fill."""
+    is_whole: bool
+    """Whether all of the tensor has to be made at once."""
+
+
+def _columns(tensor: Tensor) -> int:
+    return tensor.shape[-1] if tensor.dim() > 1 else 1
 
 
 def build_reference(
@@ -204,8 +230,8 @@ def match_drawn(model: PreTrainedModel, source: Source, reference: PreTrainedMod
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     order = _drawing_order(reference)
     names = sorted(source.tensors, key=lambda name: order[name])
-    fills = tuple(straight_fill(model, name, source.tensors[name], held[name]) for name in names)
-    return Match(fills=fills, unexpected=(), missing=())
+    fills = [fill for name in names for fill in by_expert(model, straight_fill(model, name, source.tensors[name], held[name]))]
+    return Match(fills=tuple(fills), unexpected=(), missing=())
 
 
 def _drawing_order(reference: nn.Module) -> dict[str, int]:

@@ -167,24 +167,3 @@ def is_cuttable(tensor: Tensor) -> bool:
     with plain():
         record = record_of(tensor)
         return record is not None and record.real is None and _maker(record, tensor) is not None
-
-
-def materialize_rows(tensor: Tensor, rows: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-    """The values of a recorded tensor, some rows at a time, in order; it stays as it is.
-
-    Args:
-        tensor: A tensor built under `lazy_build`, of at least one dimension; the others are one row.
-        rows: How many at a time.
-        start: The first row.
-        stop: The row after the last; None for all.
-    Yields:
-        The first row's number, and the rows.
-
-    Memory: some rows, where `materialize_shard` can make a part; the whole tensor otherwise.
-    """
-    cuttable = is_cuttable(tensor)
-    whole = tensor if cuttable else materialize_shard(tensor)
-    stop = tensor.shape[0] if stop is None else stop
-    for first in range(start, stop, rows):
-        part = slice(first, min(first + rows, stop))
-        yield first, materialize_shard(whole, part) if cuttable else whole[part]

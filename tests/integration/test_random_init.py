@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 import qlazy
 from qlazy.errors import ModelNotFound
+from qlazy.place import Placer
 from qlazy.quant_linear import QuantLinear
 
 TINY = {"vocab_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -44,6 +55,65 @@ def test_bytes_are_those_of_the_eager_model_quantized(tmp_path: Path, name: str,
     layers = [path for path, layer in made.named_modules() if isinstance(layer, QuantLinear)]
     assert layers and layers == [path for path, layer in wanted.named_modules() if isinstance(layer, QuantLinear)]
     assert torch.equal(wanted(torch.tensor([[3, 4]])).logits, made(torch.tensor([[3, 4]])).logits)
+
+
+EXPERTS: dict[str, PretrainedConfig] = {
+    # Flat stacks whose experts end within a block of 64 rows; w2 is transposed.
+    "dbrx": DbrxConfig(
+        vocab_size=256,
+        d_model=64,
+        n_heads=2,
+        n_layers=1,
+        max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        ffn_config={"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    ),
+    # (E, K, N).
+    "gpt_oss": GptOssConfig(
+        **TINY, hidden_size=64, intermediate_size=64, num_key_value_heads=2, num_local_experts=4, head_dim=32
+    ),
+    "mixtral": MixtralConfig(**TINY, hidden_size=64, intermediate_size=96, num_key_value_heads=2, num_local_experts=4),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_come_in_pieces(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    config = EXPERTS[name]
+    config.save_pretrained(tmp_path / "config")
+    torch.manual_seed(11)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "eager")
+    options: dict[str, Any] = {"device_map": "cpu", "format": "nf4", "dtype": "bfloat16"}
+    wanted = tensors(qlazy.load_quantized(tmp_path / "eager", **options))
+    pieces: list[tuple[str, int]] = []
+    place = Placer.place
+    monkeypatch.setattr("qlazy.load.CACHED_BYTES", 64 * 64 * 2)
+
+    def placed(self: Placer, chunk: Any, values: list[torch.Tensor]) -> None:
+        pieces.append((chunk.fill.targets[0], values[0].nbytes))
+        place(self, chunk, values)
+
+    monkeypatch.setattr(Placer, "place", placed)
+    torch.manual_seed(11)
+    made = tensors(qlazy.load_quantized(tmp_path / "config", random_init=True, **options))
+    assert list(made) == list(wanted) and all(torch.equal(tensor, wanted[key]) for key, tensor in made.items())
+    # 64 rows of 64, or 96, in bfloat16; of a transposed matrix all.
+    largest = max(nbytes for target, nbytes in pieces if "experts" in target)
+    assert largest <= (64 * 128 * 2 if name == "gpt_oss" else 64 * 96 * 2)
+
+
+def test_threads_that_are_started_later_have_as_many_as_before(tmp_path: Path):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        qlazy.load_quantized(tmp_path, device_map="cpu", random_init=True)
+        found: list[int] = []
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert found == [2]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_folder_without_a_config(tmp_path: Path):
