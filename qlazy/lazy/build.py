@@ -129,10 +129,14 @@ def _recording() -> Any:
         _local.session = None
         for registration in registrations:
             registration.remove()
-        journal.take_over()
-        session.seal()
-        journal.settle()
-        generators.closed()
+        try:
+            journal.take_over()
+            session.seal()
+        finally:
+            try:
+                journal.settle()
+            finally:
+                generators.closed()
 
 
 def _remove(tallies: list[Tally], tally: Tally) -> None:

@@ -43,6 +43,9 @@ def materialize(
     Tensors keep their identity: every old reference, tie and view of one storage sees the values. Parameters, buffers,
     attributes and tensors in lists, dicts and plain objects are all found.
 
+    While an operation is replayed, torch's default dtype is what it was when that was written down. Threads that materialize
+    wait for each other; any other thread must not make tensors of the default dtype meanwhile.
+
     Args:
         held: A module or a tensor built under `lazy_build`. What is real already is left as it is.
         device: Where to; None takes the device that was asked for while building.

@@ -19,6 +19,8 @@ from qlazy.lazy.schema import FILLS, with_generator
 
 Memory = dict[Slot, UntypedStorage]
 _default_generator = threading.RLock()
+_default_dtype = threading.RLock()
+"""Torch has one default dtype for all threads: what one replays under its own, another must not run under."""
 _TRIM_BYTES = 16 << 20
 """After so many bytes were given back, the C library is told to give them back as well: it keeps holes."""
 _freed = Slot(0)
@@ -86,14 +88,15 @@ def execute(op: Op, memory: Memory, generator: torch.Generator | None = None) ->
         memory[slot] = op.payload.clone()
         return None
     args, kwargs = map_leaves(lambda leaf: _real(leaf, memory), (op.args, op.kwargs))
-    default_dtype = torch.get_default_dtype()
-    if op.default_dtype is not default_dtype:
-        torch.set_default_dtype(op.default_dtype)
-    try:
-        result = _draw(op, args, kwargs, generator) if op.position is not None else op.func(*args, **kwargs)
-    finally:
+    with _default_dtype:
+        default_dtype = torch.get_default_dtype()
         if op.default_dtype is not default_dtype:
-            torch.set_default_dtype(default_dtype)
+            torch.set_default_dtype(op.default_dtype)
+        try:
+            result = _draw(op, args, kwargs, generator) if op.position is not None else op.func(*args, **kwargs)
+        finally:
+            if op.default_dtype is not default_dtype:
+                torch.set_default_dtype(default_dtype)
     results = result if isinstance(result, (list, tuple)) else (result,)
     taken = {storage._cdata for storage in memory.values()} if op.outputs else set()
     for index, slot, geometry in op.outputs:

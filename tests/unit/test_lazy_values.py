@@ -19,7 +19,9 @@ from torch import nn
 
 from qlazy.errors import UsageError
 from qlazy.lazy import Build, lazy_build, load_weights, materialize, materialize_shard, release
-from qlazy.lazy.log import record_of
+from qlazy.lazy.journal import Journal
+from qlazy.lazy.log import Op, record_of
+from qlazy.lazy.replay import execute
 from tests.lazy.compare import compare
 
 CONSTRUCTORS: dict[str, Callable[[nn.Module], None]] = {}
@@ -532,3 +534,58 @@ def test_what_cannot_be_meant(ask: Callable[[nn.Module], object], said: str):
     assert all(parameter.is_meta for parameter in module.parameters())
     materialize(module, only="nothing of this name")
     assert module.weight.is_meta
+
+
+def test_generators_are_settled_though_what_was_written_to_arrays_cannot_be_taken_over(monkeypatch):
+    torch.manual_seed(5)
+    torch.rand(7)
+    wanted = torch.get_rng_state()
+    torch.manual_seed(5)
+
+    def fail(journal: Journal, touched: object = None) -> None:
+        if touched is None:
+            raise RuntimeError("no longer there")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="no longer there"), lazy_build():
+        torch.rand(7)
+        patched.setattr(Journal, "take_over", fail)
+    assert torch.equal(torch.get_rng_state(), wanted)
+    eager = torch.rand(3)
+    torch.set_rng_state(wanted)
+    with lazy_build():
+        drawn = torch.rand(3)
+    assert torch.equal(materialize(drawn), eager)
+
+
+def test_the_default_dtype_is_that_of_one_thread_at_a_time():
+    """One replays under float64 until the other waits; had the other begun, it would put float64 back at its end."""
+    kept = torch.get_default_dtype()
+    inside, go, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> torch.Tensor:
+        inside.set()
+        go.wait(60)
+        return torch.empty(())
+
+    second_began = threading.Event()
+
+    def second() -> torch.Tensor:
+        second_began.set()
+        ended.wait(60)
+        return torch.empty(())
+
+    slow, other = Op(first), Op(second)
+    slow.default_dtype = torch.float64
+    one, two = (threading.Thread(target=execute, args=(op, {})) for op in (slow, other))
+    try:
+        one.start()
+        inside.wait(60)
+        two.start()
+        began_within = second_began.wait(0.2)
+        go.set()
+        one.join()
+        ended.set()
+        two.join()
+        assert not began_within and torch.get_default_dtype() == kept
+    finally:
+        torch.set_default_dtype(kept)
