@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ LAST = "config.json"
 """Without it a folder is not a model; it is written when all else is there."""
 
 _JOURNAL = "journal"
+_ATTEMPTS = 10
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -87,7 +88,8 @@ class PartialFolder:
                 (self.path / name).parent.mkdir(exist_ok=True)
                 digest, nbytes = write_file(made, pieces)
                 os.rename(made, self.path / name)
-                sync_folder(self.path)
+                for place in {(self.path / name).parent, self.path}:
+                    sync_folder(place)
             except BaseException:
                 made.unlink(missing_ok=True)
                 raise
@@ -117,7 +119,13 @@ class PartialFolder:
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 exchange(self.path, self.folder)
                 sync_folder(self.folder.parent)
-                shutil.rmtree(self.path)  # the old one
+                # The old one. Who has taken it for a folder in the making meanwhile clears it himself.
+                with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                    lock = _lock(self.path)
+                    try:
+                        shutil.rmtree(self.path)
+                    finally:
+                        os.close(lock)
             else:
                 os.rename(self.path, self.folder)
             sync_folder(self.folder.parent)
@@ -174,56 +182,88 @@ class PartialFolder:
 
 
 @contextlib.contextmanager
-def writing(folder: str | os.PathLike[str], key: str, *, force: bool = False) -> Iterator[PartialFolder]:
+def writing(
+    folder: str | os.PathLike[str], key: str, *, force: bool = False, sources: Sequence[Path] = ()
+) -> Iterator[PartialFolder]:
     """Write a folder beside the one that is meant; `PartialFolder.commit` puts it in its place.
 
     Args:
         folder: The folder that is meant.
         key: What identifies its content. What an earlier attempt with the same key has completed is there already.
         force: Replace a folder that holds something.
+        sources: What is read; a folder that is or holds one of these is not replaced.
     Yields:
         The folder in the making. It stays for a later attempt unless it is committed.
     Raises:
         UsageError: the folder holds something and `force` is not given, cannot be written to, or is being written.
         OutOfSpace: the disk is full.
     """
-    target = require_replaceable(folder, force=force)
+    target = require_replaceable(folder, force=force, sources=sources)
     partial = PartialFolder(target, key)
     with _reported(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.path.mkdir(exist_ok=True)
-        lock = os.open(partial.path, os.O_RDONLY)
+    with _reported(partial.path):
+        lock = _made_and_locked(partial.path, target)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"{target} is being written by another process.", hint="Wait for it, or choose another folder."
-            ) from None
+        require_replaceable(folder, force=force, sources=sources)  # another process may have written it meanwhile
         partial.take_up()
         yield partial
     finally:
         os.close(lock)
 
 
-def require_replaceable(folder: str | os.PathLike[str], *, force: bool) -> Path:
+def _made_and_locked(path: Path, target: Path) -> int:
+    for attempt in range(_ATTEMPTS):
+        try:
+            path.mkdir(exist_ok=True)
+            return _lock(path)
+        except BlockingIOError:
+            raise UsageError(
+                f"{target} is being written by another process.", hint="Wait for it, or choose another folder."
+            ) from None
+        except FileNotFoundError:  # another process has renamed it between the two
+            if attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError
+
+
+def _lock(path: Path) -> int:
+    """Lock a folder, which is no link and still has its name then; gives its descriptor."""
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.lstat(path)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def require_replaceable(folder: str | os.PathLike[str], *, force: bool, sources: Sequence[Path] = ()) -> Path:
     """Refuse a folder that must not be written before any work is done.
 
     Args:
         folder: The folder that is meant.
         force: Whether a folder that holds something may be replaced.
+        sources: What is read.
     Returns:
         Its absolute path.
     Raises:
-        UsageError: it holds something, is a file, or holds the folder that this process works in.
+        UsageError: it holds something, is a file or a mount point, or holds the folder that this process works in, or a source.
     """
     target = Path(os.path.abspath(Path(folder).expanduser()))
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UsageError(f"{target} is there already, and is not a folder.", hint="Give the name of a new folder.")
+    if os.path.ismount(target):  # it cannot be renamed
+        raise UsageError(
+            f"{target} is a mount point, which cannot be replaced.", hint=f"Name a folder in it: {target / 'NAME'}"
+        )
     held = sorted(entry.name for entry in target.iterdir()) if target.is_dir() else []
     if not held:
         return target
-    inside = [place for place in (Path.cwd(), Path.home()) if target == place or target in place.parents]
+    real, places = target.resolve(), [place.resolve() for place in (Path.cwd(), Path.home(), *sources)]
+    inside = [place for place in places if real == place or real in place.parents]
     if inside:
         raise UsageError(
             f"{target} would be replaced as a whole, and {inside[0]} is in it.", hint="Give the name of a new folder."
@@ -247,6 +287,6 @@ def _reported(path: Path) -> Iterator[None]:
                 f"{path} cannot be written: {error.strerror}.",
                 hint="Free some space and run it again: it goes on with the file that is missing.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.EEXIST):
             raise UsageError(f"{path} cannot be written: {error.strerror}.", hint="Choose another folder.") from error
         raise QlazyError(f"{path} cannot be written: {error.strerror or error}.", hint="Check the disk.") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlazy.durable import hash_file
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UsageError
-from qlazy.folder import MANIFEST
+from qlazy.folder import LAST, MANIFEST
 from qlazy.sizes import format_bytes
 
 
@@ -45,13 +45,23 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     Args:
         folder: Any folder.
     Returns:
-        What it says, or None where there is none that can be read.
+        What it says, or None where there is none, or one that is damaged: `files` has `config.json` and others, each with its
+        `bytes` and `sha256`, none of them outside the folder.
     """
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or LAST not in files or not all(_is_record(*item) for item in files.items()):
+        return None
+    return dict(manifest)
+
+
+def _is_record(name: str, told: Any) -> bool:
+    inside = "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+    nbytes, digest = (told.get("bytes"), told.get("sha256")) if isinstance(told, dict) else (None, None)
+    return inside and type(nbytes) is int and isinstance(digest, str)
 
 
 def already_saved(folder: str | os.PathLike[str], key: str) -> SaveReport | None:
@@ -91,6 +101,8 @@ def verify(folder: str | os.PathLike[str]) -> int:
     Memory: 16 MiB.
     """
     path, manifest = Path(folder), read_manifest(folder)
+    if manifest is None and (path / MANIFEST).exists():
+        raise CorruptCheckpoint(f"{path / MANIFEST} is damaged: it does not say which files there are.", hint="Save it again.")
     if manifest is None:
         raise UsageError(f"{path} has no manifest {MANIFEST} to be verified by.", hint="Leave --verify out.")
     wrong = _contradictions(path, manifest)
@@ -108,7 +120,10 @@ def verify(folder: str | os.PathLike[str]) -> int:
 
 
 def _contradictions(path: Path, manifest: Mapping[str, Any]) -> str:
-    """The first file that is missing or of another size; empty where there is none."""
+    """The first file that is missing or of another size, or weights that are not told of; empty where there are none."""
+    for file in sorted(path.glob("*.safetensors*")):
+        if file.name not in manifest["files"]:
+            return f"{file.name} is there, of which the manifest does not say anything"
     for name, told in manifest["files"].items():
         file = path / name
         if not file.is_file():

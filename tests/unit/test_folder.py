@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from qlazy.errors import OutOfSpace, QlazyError, UsageError
+from qlazy.errors import CorruptCheckpoint, OutOfSpace, QlazyError, UsageError
 from qlazy.folder import MANIFEST, writing
 from qlazy.saved import already_saved, verify
 
@@ -70,6 +71,46 @@ def test_folder_that_we_work_in_is_never_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "inner")
     with pytest.raises(UsageError, match="would be replaced as a whole"):
         write(tmp_path, force=True)
+
+
+def test_mount_points_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "b")
+    with pytest.raises(UsageError, match="is a mount point"):
+        write(tmp_path / "b")
+    assert names(tmp_path) == []
+
+
+def test_what_is_read_is_never_replaced(tmp_path):
+    inner = tmp_path / "models" / "a"
+    write(inner)
+    (tmp_path / "link").symlink_to(inner.parent)
+    for folder in (inner, inner.parent, tmp_path / "link" / "a"):
+        with pytest.raises(UsageError, match="would be replaced as a whole"), writing(folder, "x", force=True, sources=[inner]):
+            pass
+    assert verify(inner)
+
+
+def test_a_link_in_the_place_of_the_partial_folder_is_not_followed(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").write_text("mine")
+    (tmp_path / ".b.qlazy-partial").symlink_to(tmp_path / "theirs")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write(tmp_path / "b")
+    assert names(tmp_path / "theirs") == ["notes.txt"]
+
+
+def test_another_process_completes_the_folder_between_making_and_locking(tmp_path, monkeypatch):
+    real, calls = fcntl.flock, []
+
+    def flock(file: int, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            os.rename(tmp_path / ".b.qlazy-partial", tmp_path / "other")
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write(tmp_path / "b")
+    assert verify(tmp_path / "b") and names(tmp_path / "other") == []
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -167,6 +208,34 @@ def test_already_saved_needs_key_and_files(tmp_path):
     assert already_saved(folder, "key") is None
     (folder / MANIFEST).write_text("[]")
     assert already_saved(folder, "key") is None
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"config.json": {"bytes": 19}},
+        {"config.json": {"bytes": "19", "sha256": ""}},
+        {"config.json": 1},
+        {"config.json": {"bytes": 1, "sha256": ""}, "../x": {"bytes": 1, "sha256": ""}},
+        {"config.json": {"bytes": 1, "sha256": ""}, "/etc/hostname": {"bytes": 1, "sha256": ""}},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_is_damaged(tmp_path, files):
+    write(tmp_path / "b")
+    manifest = json.loads((tmp_path / "b" / MANIFEST).read_text())
+    (tmp_path / "b" / MANIFEST).write_text(json.dumps(manifest | {"files": files}))
+    assert already_saved(tmp_path / "b", "key") is None
+    with pytest.raises(CorruptCheckpoint, match="is damaged"):
+        verify(tmp_path / "b")
+
+
+def test_weights_that_the_manifest_does_not_tell_of(tmp_path):
+    write(tmp_path / "b")
+    (tmp_path / "b" / "three.safetensors").write_bytes(b"3")
+    with pytest.raises(CorruptCheckpoint, match=r"three\.safetensors is there"):
+        verify(tmp_path / "b")
 
 
 def test_manifest_says_what_is_there(tmp_path):
