@@ -1,18 +1,23 @@
-"""What lies beside the weights of a model and belongs to it: tokenizer, generation config, chat template, code, licence."""
+"""What lies beside the weights of a model and belongs to it: tokenizer, generation config, chat template, code, licence.
+
+Importing this module imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from qlazy.folder import LAST, MANIFEST
 from qlazy.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KEPT = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _LEFT = (LAST, MANIFEST, "*.index.json", "README.md", "params.json", "quantize_config.json", "quant_config.json")
@@ -50,11 +55,13 @@ def gguf_companions(source: Source, model: PreTrainedModel) -> Iterator[tuple[st
 
     Memory: the tokenizer, twice.
     """
+    from transformers import AutoTokenizer, GenerationConfig
+
     tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file, local_files_only=True)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         if model.can_generate():
-            generation = model.generation_config or GenerationConfig()
+            generation = copy.deepcopy(model.generation_config or GenerationConfig())
             generation.eos_token_id = tokenizer.eos_token_id
             generation.save_pretrained(folder)
         yield from companions(Path(folder))

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qlazy import __version__
+from qlazy.companions import companions
 from qlazy.recipe import Recipe
 from qlazy.source import Source
+from qlazy.source_packed import PackedTensor
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 64 << 10
@@ -27,7 +29,20 @@ def fingerprint(source: Source) -> dict[str, dict[str, Any]]:
 
     Memory: a mebibyte.
     """
-    return {path.name: _fingerprint(path) for path in sorted({tensor.path for tensor in source.tensors.values()})}
+    return {path.name: _fingerprint(path) for path in weight_files(source)}
+
+
+def weight_files(source: Source) -> list[Path]:
+    """The files that hold a source's weights; those of all parts of a weight in low bits.
+
+    Args:
+        source: An opened source.
+    Returns:
+        Their paths, in order.
+    """
+    tensors = source.tensors.values()
+    parts = {part.stored.path for tensor in tensors if isinstance(tensor, PackedTensor) for part in tensor.parts}
+    return sorted(parts | {tensor.path for tensor in tensors})
 
 
 def content_key(source: Source, recipe: Recipe, **settings: Any) -> str:
@@ -40,10 +55,13 @@ def content_key(source: Source, recipe: Recipe, **settings: Any) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    # A GGUF file holds what belongs to it; the folder that it lies in may be any.
+    beside = companions(source.folder) if source.folder is not None and source.kind == "safetensors" else ()
     told = {
         "version": __version__,
         "files": fingerprint(source),
         "config": source.config,
+        "beside": {name: hashlib.sha256(content).hexdigest() for name, content in beside},
         "recipe": repr(recipe),
         "settings": settings,
     }

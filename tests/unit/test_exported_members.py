@@ -54,6 +54,7 @@ TORCH_FREE = [
     "qlazy.bench",
     "qlazy.budget",
     "qlazy.cli",
+    "qlazy.companions",
     "qlazy.configs",
     "qlazy.demand",
     "qlazy.durable",
