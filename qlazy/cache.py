@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from qlazy.errors import UnsupportedModel, UsageError
 from qlazy.fingerprint import content_key
 from qlazy.layouts import default_layout
 from qlazy.recipe import Recipe
@@ -33,7 +36,7 @@ def cached(
     trust_remote_code: bool = False,
     drop_page_cache: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
-) -> Source:
+) -> Source | None:
     """The saved folder of a source under a recipe, made now where it is not there.
 
     Args:
@@ -44,9 +47,9 @@ def cached(
         drop_page_cache: As in a load.
         on_progress: Called a few times a second while the folder is made.
     Returns:
-        The folder, opened; it keeps the name that the user typed.
+        The folder, opened; it keeps the name that the user typed. None, with a warning, where it cannot be made: no layout
+        holds the recipe's formats together, or another process is making it.
     Raises:
-        UsageError: no layout can hold the recipe's formats together.
         OutOfSpace: the disk is full.
 
     Memory: as `save`.
@@ -55,15 +58,19 @@ def cached(
     key = content_key(source, recipe, layout=layout, dtype=dtype, shard_bytes=SHARD_BYTES)
     folder = cache_root() / f"{Path(source.resolved).name}-{recipe.format.name}-{key[:12]}"
     if already_saved(folder, key) is None:
-        save(
-            source,
-            recipe,
-            folder,
-            layout=layout,
-            dtype=dtype,
-            force=True,
-            trust_remote_code=trust_remote_code,
-            drop_page_cache=drop_page_cache,
-            on_progress=on_progress,
-        )
-    return open_source(folder)
+        try:
+            save(
+                source,
+                recipe,
+                folder,
+                layout=layout,
+                dtype=dtype,
+                force=True,
+                trust_remote_code=trust_remote_code,
+                drop_page_cache=drop_page_cache,
+                on_progress=on_progress,
+            )
+        except (UsageError, UnsupportedModel) as error:
+            warnings.warn(f"Not cached: {error}", stacklevel=2)
+            return None
+    return dataclasses.replace(open_source(folder), model_id=source.model_id)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -59,6 +59,21 @@ def row_count(shape: tuple[int, ...]) -> int:
         1 for a scalar.
     """
     return math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)
+
+
+def is_stored_so(owner: nn.Module, fill: Fill) -> bool:
+    """Whether a tensor of the model is one stored tensor with its rows in their order; of a Conv1D it may be turned.
+
+    Args:
+        owner: The module that holds it, swapped or not.
+        fill: What fills it.
+    Returns:
+        False where it is a part of a stored tensor, or made of several, or converted.
+    """
+    single = len(fill.sources) == len(fill.targets) == 1 and fill.row_order is None
+    whole = single and fill.all_spans[0] == (0, row_count(fill.sources[0].shape))
+    turned = isinstance(owner, Conv1D) or getattr(owner, "transposed", False) is True
+    return whole and (fill.convert is None or turned)
 
 
 def bytes_of_rows(info: TensorInfo, start: int, stop: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +63,8 @@ def finish(
 
         dispatch_model(model, device_map=_module_map(model, plan), main_device=plan.budget.devices[0])
     attach_quantizer(model, plan.recipe)
+    loaded: Any = model
+    loaded._qlazy_source = dataclasses.replace(source, tensors={})  # a save copies the tokenizer from there
     model.eval()
     return model
 

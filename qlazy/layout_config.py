@@ -34,7 +34,11 @@ def require_layout(layout: str) -> Layout:
 
 
 def quantization_config(
-    layout: str, packed: Mapping[str, Format], unpacked: Sequence[str], others: Sequence[str]
+    layout: str,
+    packed: Mapping[str, Format],
+    unpacked: Sequence[str],
+    others: Sequence[str],
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What `config.json` says of a folder's weights, for transformers, compressed-tensors, vLLM and gptqmodel.
 
@@ -43,6 +47,7 @@ def quantization_config(
         packed: Format by name of layer.
         unpacked: Linear layers that are not packed.
         others: Those of `packed` that are no plain linear layers, such as embeddings.
+        names: What transformers calls those of `packed` for which the files have another name: it looks for its own.
     Returns:
         The `quantization_config`.
     """
@@ -53,14 +58,15 @@ def quantization_config(
     most = formats[0] if formats else Int4()
     if layout == "bitsandbytes":
         return _bitsandbytes_config(most, unpacked)
+    also = {name: {name: None, (names or {}).get(name, name): None} for name in packed}
     if layout == "gptq":
-        return _gptq_config(most, packed, unpacked)
+        return _gptq_config(most, {each: fmt for name, fmt in packed.items() for each in also[name]}, unpacked)
     groups = {}
     # Layers by name come first: there are readers that take the first group that matches, and some by class alone.
     for number, fmt in enumerate(reversed(formats)):
         is_most = fmt == most
-        names = [_target(name) for name, own in packed.items() if own == fmt and (not is_most or name in others)]
-        targets = [*names, *(["Linear"] if is_most else [])]
+        own = [name for name, packed_as in packed.items() if packed_as == fmt and (not is_most or name in others)]
+        targets = [*(_target(each) for name in own for each in also[name]), *(["Linear"] if is_most else [])]
         groups[f"group_{number}"] = {
             "targets": targets,
             "weights": _scheme(fmt),

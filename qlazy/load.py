@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from qlazy.chunks import CACHED_BYTES, worker_count
 from qlazy.errors import UsageError
 from qlazy.finish import finish
 from qlazy.kept import keep
+from qlazy.mapped_stack import NotAsStored
 from qlazy.match import match_tensors
 from qlazy.memory import Meter, anonymous_bytes
 from qlazy.place import Placer
@@ -94,7 +96,7 @@ def load(
         )
     if cache and kept is None and not random_init:
         resolved = resolve_dtype(source, dtype, budget)
-        source = cached(
+        held = cached(
             source,
             recipe,
             dtype=resolved,
@@ -102,19 +104,22 @@ def load(
             drop_page_cache=drop_page_cache,
             on_progress=on_progress,
         )
-        kept = keep(source)
+        kept = keep(held) if held is not None else None
+        source = held or source
     if kept is not None:
-        return reopen(
-            source,
-            kept,
-            budget,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            strict=strict,
-            drop_page_cache=drop_page_cache,
-            trust_remote_code=trust_remote_code,
-            on_progress=on_progress,
-        )
+        # What is packed, but not as the model has it, is unpacked and quantized as anything else.
+        with contextlib.suppress(NotAsStored):
+            return reopen(
+                source,
+                kept,
+                budget,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                strict=strict,
+                drop_page_cache=drop_page_cache,
+                trust_remote_code=trust_remote_code,
+                on_progress=on_progress,
+            )
     clock = _Clock(trace)
     with Meter() as meter:
         construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
@@ -141,7 +146,7 @@ def load(
         reading: Stream | Drawn = (
             Stream(match.fills, place, workers, drop_page_cache, trace, chunk_bytes, ring_bytes, devices)
             if reference is None
-            else Drawn(reference, match.fills, place, chunk_bytes)
+            else Drawn(reference, match.fills, place, chunk_bytes, ring_bytes)
         )
         with placer, reading as stream:
             meter.watch(lambda: stream.bytes_done)

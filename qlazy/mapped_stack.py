@@ -15,6 +15,10 @@ from qlazy.packed_stack import PackedStack
 from qlazy.source_packed import PackedTensor
 
 
+class NotAsStored(Exception):
+    """A packed weight is not one of the model's as it is: its rows must be unpacked and go elsewhere."""
+
+
 def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> dict[str, Tensor]:
     """The storage of a stack.
 
@@ -25,7 +29,8 @@ def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> di
     Returns:
         Tensors by the names of its storage.
     Raises:
-        CorruptCheckpoint: a source that is not packed, or rows that are missing.
+        NotAsStored: a source that is not packed, or not one matrix with its rows in order.
+        CorruptCheckpoint: rows that are missing.
 
     Memory: none where the files hold the matrices one after the other, as our own do, in the layout that they have in memory;
     else the storage.
@@ -35,8 +40,8 @@ def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> di
     for fill in ordered:
         info = fill.sources[0]
         whole = len(fill.sources) == 1 and isinstance(info, PackedTensor) and fill.all_spans[0] == (0, row_count(info.shape))
-        if not whole or not isinstance(info, PackedTensor) or fill.target_row != row:
-            raise CorruptCheckpoint(f"{info.path.name}: {info.name!r} is not a packed matrix of one expert.")
+        if not whole or not isinstance(info, PackedTensor) or fill.target_row != row or not _in_order(fill):
+            raise NotAsStored(f"{info.path.name}: {info.name!r} is not a packed matrix of one expert.")
         row += info.shape[0]
         parts = {part.role: files.tensor(part.stored) for part in info.parts}
         pieces.append(from_stored(stack.format, info, parts, columns, stack.dtype))
@@ -49,6 +54,18 @@ def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> di
         in_row = in_a_row(tensors)
         made[name] = (torch.cat(tensors) if in_row is None else in_row).view(held.shape)
     return made
+
+
+def _in_order(fill: Fill) -> bool:
+    """Whether the conversion of one stored tensor leaves its rows where they are."""
+    if fill.convert is None:
+        return fill.row_order is None
+    rows = torch.arange(row_count(fill.sources[0].shape)).view(-1, 1)
+    try:
+        (made,) = fill.convert([rows]).values()
+    except Exception:  # a conversion that needs all columns
+        return False
+    return made.shape[-2:] == rows.shape and torch.equal(made.flatten(), rows.flatten())
 
 
 def in_a_row(tensors: Sequence[Tensor]) -> Tensor | None:

@@ -7,9 +7,10 @@ file to file as it is stored, so that not even fused experts have to be taken ap
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from qlazy.errors import UsageError
 from qlazy.expert_names import ExpertRows, expert_names
-from qlazy.fill import Fill
-from qlazy.formats import ITEMSIZE, Format, packed_nbytes
+from qlazy.fill import Fill, is_stored_so
+from qlazy.formats import ITEMSIZE, Codebook4, Format, packed_nbytes
 from qlazy.layout_config import Layout, quantization_config
 from qlazy.layouts import misfit
 from qlazy.match import Match
@@ -80,6 +81,8 @@ def make_pieces(model: PreTrainedModel, plan: Plan, match: Match, source: Source
     groups: dict[str, list[Fill]] = {}  # by module, of what is quantized, and else by target
     for fill in match.fills:
         places = {_place(target, planned[target]) for target in fill.targets}
+        # What one stored tensor fills belongs together: where it is passed on it is written once, and whole.
+        places |= {f"{info.name} stored" for info in fill.sources}
         joined = {id(group): group for place in places if (group := groups.get(place)) is not None}
         group = [other for known in joined.values() for other in known] + [fill] if len(joined) != 1 else joined.popitem()[1]
         if group[-1] is not fill:
@@ -100,13 +103,23 @@ def make_pieces(model: PreTrainedModel, plan: Plan, match: Match, source: Source
             outputs = [_passed_on(info, planned[fill.targets[0]]) for info, fill in stored.values()]
             fills = [Fill(sources=(info,), targets=(name,), row_block=fill.row_block) for name, (info, fill) in stored.items()]
         else:
-            outputs = [_made(target, planned[target], fills, keys, source) for target in targets if target not in stacks]
+            from_file = _whole_sources(model, fills) if source.kind == "safetensors" else {}
+            named = {target: from_file.get(target, keys[target]) for target in targets if target not in stacks}
+            outputs = [_made(target, key, planned[target]) for target, key in named.items()]
             outputs += [_of_expert(key, rows, planned) for key, rows in by_expert.items() if rows.name in targets]
         pieces.append(Piece(fills=tuple(fills), outputs=tuple(outputs)))
     return pieces
 
 
-def cut_shards(pieces: Iterable[Piece], shard_bytes: int) -> Iterator[list[Piece]]:
+class _HasBytes(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+_Bytes = TypeVar("_Bytes", bound=_HasBytes)
+
+
+def cut_shards(pieces: Iterable[_Bytes], shard_bytes: int) -> Iterator[list[_Bytes]]:
     """Put pieces into shards.
 
     Args:
@@ -115,7 +128,7 @@ def cut_shards(pieces: Iterable[Piece], shard_bytes: int) -> Iterator[list[Piece
     Yields:
         The pieces of each shard.
     """
-    shard: list[Piece] = []
+    shard: list[_Bytes] = []
     held = 0
     for piece in pieces:
         if shard and held + piece.nbytes > shard_bytes:
@@ -137,7 +150,9 @@ def require_layout_fits(pieces: Iterable[Piece], layout: Layout) -> None:
         UsageError: which weight, and why.
     """
     kinds = set()
-    for output in (output for piece in pieces for output in piece.outputs):
+    outputs = [output for piece in pieces for output in piece.outputs]
+    has_codebook = any(isinstance(output.format, Codebook4) for output in outputs)
+    for output in outputs:
         if output.format is None:
             continue
         rows, columns = output.shape[-2:]
@@ -148,7 +163,8 @@ def require_layout_fits(pieces: Iterable[Piece], layout: Layout) -> None:
             reason = f"is {output.format.name}, and a bitsandbytes folder has one format"
         if reason:
             other = "--head-bits 16" if "head" in output.key else f"--modules-to-not-convert {path}"
-            raise UsageError(f"{path} {reason}.", hint=f"Use --as compressed-tensors, or {other}.")
+            hint = "Use --as bitsandbytes with --head-bits 16." if has_codebook else f"Use --as compressed-tensors, or {other}."
+            raise UsageError(f"{path} {reason}.", hint=hint)
 
 
 def describe(layout: Layout, model: nn.Module, pieces: Iterable[Piece]) -> dict[str, Any]:
@@ -163,6 +179,8 @@ def describe(layout: Layout, model: nn.Module, pieces: Iterable[Piece]) -> dict[
     """
     outputs = [output for piece in pieces for output in piece.outputs]
     packed = {output.key.removesuffix(".weight"): output.format for output in outputs if output.format is not None}
+    single = [output for output in outputs if output.format is not None and output.rows is None]
+    names = {output.key.removesuffix(".weight"): output.name.removesuffix(".weight") for output in single}
     left, others = [], []
     for output in outputs:
         path = output.key.removesuffix(".weight")
@@ -174,9 +192,10 @@ def describe(layout: Layout, model: nn.Module, pieces: Iterable[Piece]) -> dict[
             others.append(path)
     # A tied head is in no file, and is a linear layer all the same.
     linear = [path for path, module in model.named_modules() if type(module) is nn.Linear]
-    left += [path for path in hub_names(model, linear).values() if path not in left and path not in packed]
-    left += [path for path in linear if path not in left and path not in packed]
-    return quantization_config(layout, packed, left, others)
+    known = {*packed, *names.values()}
+    left += [path for path in hub_names(model, linear).values() if path not in left and path not in known]
+    left += [path for path in linear if path not in left and path not in known]
+    return quantization_config(layout, packed, left, others, names)
 
 
 def hub_names(model: PreTrainedModel | nn.Module, names: Sequence[str]) -> dict[str, str]:
@@ -188,6 +207,18 @@ def hub_names(model: PreTrainedModel | nn.Module, names: Sequence[str]) -> dict[
     Returns:
         By name; what is converted and not just renamed keeps its name.
     """
+    return {name: name for name in names} | renamed(model, names)
+
+
+def renamed(model: PreTrainedModel | nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """The same of those tensors alone that are not converted.
+
+    Args:
+        model: A placeholder or a loaded model.
+        names: Names in the model.
+    Returns:
+        By name; without those that a converter takes apart or puts together.
+    """
     if not isinstance(model, PreTrainedModel):
         return {name: name for name in names}
     marks = {name: torch.empty(0, device="meta") for name in names}
@@ -195,9 +226,8 @@ def hub_names(model: PreTrainedModel | nn.Module, names: Sequence[str]) -> dict[
     try:
         found: Mapping[str, Tensor] = revert_weight_conversion(model, dict(marks))
     except Exception:  # a conversion that looks into what it is given
-        return {name: name for name in names}
-    renamed = {by_mark[id(mark)]: key for key, mark in found.items() if id(mark) in by_mark}
-    return {name: renamed.get(name, name) for name in names}
+        return {}
+    return {by_mark[id(mark)]: key for key, mark in found.items() if id(mark) in by_mark}
 
 
 def _place(target: str, planned: TensorPlan) -> str:
@@ -209,11 +239,19 @@ def _passed_on(info: Any, planned: TensorPlan) -> Output:
     return Output(key=info.name, name="", format=None, shape=info.shape, dtype=planned.dtype, nbytes=nbytes)
 
 
-def _made(target: str, planned: TensorPlan, fills: Sequence[Fill], keys: Mapping[str, str], source: Source) -> Output:
-    own = [fill for fill in fills if target in fill.targets]
-    single = source.kind == "safetensors" and len(own) == 1 and len(own[0].sources) == len(own[0].targets) == 1
+def _whole_sources(model: nn.Module, fills: Sequence[Fill]) -> dict[str, str]:
+    """Tensors of the model that are each one stored tensor, and its name: such a weight keeps it in low bits."""
+    targets = Counter(target for fill in fills for target in fill.targets)
+    return {
+        fill.targets[0]: fill.sources[0].name
+        for fill in fills
+        if targets[fill.targets[0]] == 1 and is_stored_so(model.get_submodule(fill.targets[0].rpartition(".")[0]), fill)
+    }
+
+
+def _made(target: str, key: str, planned: TensorPlan) -> Output:
     return Output(
-        key=own[0].sources[0].name if single else keys[target],
+        key=key,
         name=target,
         format=planned.format,
         shape=planned.shape,

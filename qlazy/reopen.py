@@ -19,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 from qlazy.budget import Budget
 from qlazy.chunks import worker_count
 from qlazy.errors import CorruptCheckpoint
-from qlazy.fill import Fill
+from qlazy.fill import Fill, is_stored_so
 from qlazy.finish import finish
 from qlazy.kept import KeptRecipe, renamed
 from qlazy.layouts import from_stored
 from qlazy.mapped import MappedFiles
-from qlazy.mapped_stack import stacked
+from qlazy.mapped_stack import NotAsStored, stacked
 from qlazy.match import Match, match_tensors
 from qlazy.memory import Meter, anonymous_bytes
 from qlazy.packed_stack import PackedStack
@@ -69,6 +69,7 @@ def reopen(
         DoesNotFit: before anything is read.
         CorruptCheckpoint: files that contradict themselves or the model.
         UnsupportedModel: no such architecture.
+        NotAsStored: a packed weight that the model has in parts or in another order; it can be loaded, but not mapped.
 
     Memory: on a CPU no more than the model's buffers; pages of the files are the page cache's. On a GPU the packed bytes.
     """
@@ -162,6 +163,8 @@ class Mapper(Placer):
             if isinstance(owner, QuantLinear) and leaf == "weight":
                 if not isinstance(info, PackedTensor):
                     raise CorruptCheckpoint(f"{info.path.name}: tensor {info.name!r} is not packed, though others are.")
+                if not is_stored_so(owner, fill):
+                    raise NotAsStored(f"{info.path.name}: {info.name!r} is not {target!r} as it is.")
                 parts = {part.role: files.tensor(part.stored) for part in info.parts}
                 for name, tensor in from_stored(owner.format, info, parts, owner.in_features, owner.dtype).items():
                     self._put(owner, name, tensor, devices[target], files)

@@ -25,7 +25,7 @@ from qlazy.chunks import CACHED_BYTES, Chunk, worker_count
 from qlazy.companions import companions, config_json, gguf_companions
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.fill import Fill, row_count
-from qlazy.fingerprint import content_key, fingerprint
+from qlazy.fingerprint import content_key, fingerprint, weight_files
 from qlazy.folder import PartialFolder, writing
 from qlazy.layout_config import Layout
 from qlazy.layouts import default_layout
@@ -96,7 +96,8 @@ def save(
     done = already_saved(folder, key)
     if done is not None:
         return done
-    with writing(folder, key, force=force) as partial, torch.no_grad():
+    sources = [*weight_files(source), *([source.folder] if source.folder is not None else [])]
+    with writing(folder, key, force=force, sources=sources) as partial, torch.no_grad():
         plan = make_plan(source, recipe, UNLIMITED, dtype=dtype)
         model = build_placeholder(source, getattr(torch, plan.dtype), trust_remote_code=trust_remote_code)
         match = match_tensors(model, source)
@@ -126,7 +127,10 @@ def save(
         for name, content in beside:
             partial.write(name, [content], journal=False)
         said = describe(layout, model, pieces)
-        config = model.config.to_dict() if source.gguf_file else source.config
+        config = source.config
+        if source.gguf_file:
+            config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+            config.pop("_name_or_path", None)
         partial.commit(
             make_manifest(layout, plan, model_id=source.resolved, revision=source.revision, files=fingerprint(source)),
             config_json(config, said, plan.dtype),
@@ -154,6 +158,7 @@ def write_index(partial: PartialFolder, names: Sequence[str]) -> int:
     """
     headers = {name: read_header(partial.path / name) for name in names}
     nbytes = sum(info.nbytes for header in headers.values() for info in header.values())
+    assert len({key for header in headers.values() for key in header}) == sum(map(len, headers.values()))
     if len(names) > 1:
         partial.write("model.safetensors.index.json", [index_json(headers, nbytes)], journal=False)
     return nbytes
@@ -209,7 +214,9 @@ def _filled(
             made.append(output_tensors(layout, output, model.get_submodule(output.name.rpartition(".")[0])))
         else:
             made.append({output.key: passed.tensors[output.key]})
-    return {key: tensor for piece in by_stack(outputs, made) for key, tensor in piece}
+    tensors = [item for piece in by_stack(outputs, made) for item in piece]
+    assert len(dict(tensors)) == len(tensors), "two tensors of one name"
+    return dict(tensors)
 
 
 def _file_order(fill: Fill) -> tuple[str, int]:

@@ -156,7 +156,7 @@ def save_recipe(
         require_layout(layout)
     if layout == "bitsandbytes" and format is None and bits != 8:
         format = "nf4"
-    if layout == "gptq" and symmetric is None and format != "int8" and bits != 8:
+    if layout == "gptq" and symmetric is None and format in (None, "int4") and bits != 8:
         symmetric = True
     if head_bits is None:
         one_format = layout in ("bitsandbytes", "gptq") or format in ("nf4", "fp4")

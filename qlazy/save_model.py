@@ -7,7 +7,7 @@ import json
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from qlazy import __version__
-from qlazy.companions import companions, config_json
-from qlazy.errors import UsageError
+from qlazy.companions import companions, config_json, gguf_companions
+from qlazy.errors import UnsupportedModel, UsageError
 from qlazy.expert_names import ExpertRows, expert_names
 from qlazy.folder import writing
 from qlazy.formats import Format, packed_nbytes
@@ -27,10 +27,12 @@ from qlazy.layout_config import Layout, quantization_config
 from qlazy.layouts import cut_rows, default_layout, misfit, to_stored
 from qlazy.outputs import stored
 from qlazy.packed_stack import PackedStack
+from qlazy.pieces import cut_shards, hub_names, renamed
 from qlazy.quant_linear import QuantLinear
 from qlazy.save import SHARD_BYTES, write_index
 from qlazy.saved import SaveReport
 from qlazy.shards import shard_names, shard_pieces
+from qlazy.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,27 +73,28 @@ def save_model(
     """
     began = time.perf_counter()
     layout = layout or model_layout(model)
+    source: Source | None = getattr(model, "_qlazy_source", None)
+    read = [source.folder] if source is not None and source.folder is not None else []
     # Nothing tells whether a model is the same as that of an earlier attempt: each begins anew.
-    with writing(folder, uuid.uuid4().hex, force=force) as partial, torch.no_grad():
-        shards = list(_shards(_held(model), shard_bytes))
+    with writing(folder, uuid.uuid4().hex, force=force, sources=read) as partial, torch.no_grad():
+        shards = list(cut_shards(_held(model), shard_bytes))
         names = shard_names(len(shards))
         for name, shard in zip(names, shards, strict=True):
             tensors = {key: tensor for held in shard for key, tensor in held.tensors(layout).items()}
             partial.write(name, shard_pieces(stored(tensors), {"format": "pt"}))
         nbytes = write_index(partial, names)
-        origin = Path(model.config.name_or_path or "")
-        for name, content in companions(origin if origin.is_dir() else origin.parent) if origin.exists() else ():
+        for name, content in _companions(model, source):
             partial.write(name, [content])
         if model.can_generate() and "generation_config.json" not in partial.done:
             generation = model.generation_config.to_json_string().encode()
             partial.write("generation_config.json", [generation])
         config = json.loads(model.config.to_json_string(use_diff=False))
         config["architectures"] = [type(model).__name__]
+        config.pop("_name_or_path", None)
         dtype = str(model.dtype).removeprefix("torch.")
         manifest = {"schema": 1, "made_by": f"qlazy {__version__}", "layout": layout, "dtype": dtype}
-        partial.commit(
-            manifest | {"source": {"model_id": str(origin)}}, config_json(config, model_config(layout, model), dtype)
-        )
+        origin = source.resolved if source is not None else model.config.name_or_path
+        partial.commit(manifest | {"source": {"model_id": origin}}, config_json(config, model_config(layout, model), dtype))
     return SaveReport(
         folder=partial.folder,
         layout=layout,
@@ -100,6 +103,18 @@ def save_model(
         shards_resumed=0,
         seconds=time.perf_counter() - began,
     )
+
+
+def _companions(model: PreTrainedModel, source: Source | None) -> Iterable[tuple[str, bytes]]:
+    """What lay beside the weights that a model was loaded from; a warning where that cannot be told."""
+    origin = Path(model.config.name_or_path) if model.config.name_or_path else None
+    folder = source.folder if source is not None else origin
+    if source is not None and source.gguf_file and folder is not None and (folder / source.gguf_file).is_file():
+        return gguf_companions(source, model)
+    if folder is not None and folder.is_dir() and (source is None or not source.gguf_file):
+        return companions(folder)
+    warnings.warn("No tokenizer is written, as the folder of the model's weights is not known or not there.", stacklevel=3)
+    return ()
 
 
 def model_layout(model: nn.Module) -> Layout:
@@ -135,20 +150,27 @@ def model_config(layout: Layout, model: PreTrainedModel) -> dict[str, Any]:
         The config.
     """
     layers, stacks = _layers(model), _stacks(model)
+    tables = [name.removesuffix(".weight") for name, stack in stacks.items() if not stack.stack.experts]
+    paths = [*layers, *tables]
+    keys = hub_names(model, [f"{path}.weight" for path in paths])
+    on_disk = {path: keys[f"{path}.weight"].removesuffix(".weight") for path in paths}
     packed: dict[str, Format] = {}
     for path, layer in layers.items():
         if not misfit(layout, layer.format, layer.out_features, layer.in_features):
-            packed[path] = layer.format
-    tables = []
+            packed[on_disk[path]] = layer.format
+    others = []
     for name, stack in stacks.items():
         for key, at in _names(model, name, stack).items():
             if not misfit(layout, stack.format, at.stop - at.start, stack.stack.columns):
                 packed[key.removesuffix(".weight")] = stack.format
         if not stack.stack.experts and not misfit(layout, stack.format, stack.stack.rows, stack.stack.columns):
-            tables.append(name.removesuffix(".weight"))
-            packed[tables[-1]] = stack.format
+            others.append(on_disk[name.removesuffix(".weight")])
+            packed[others[-1]] = stack.format
+    names = {key: path for path, key in on_disk.items() if key in packed}
     linear = [path for path, module in model.named_modules() if type(module) is nn.Linear or isinstance(module, QuantLinear)]
-    return quantization_config(layout, packed, [path for path in linear if path not in packed], tables)
+    left = [path for path in linear if path not in names.values()]
+    both = dict.fromkeys(each for path, key in hub_names(model, left).items() for each in (key, path))
+    return quantization_config(layout, packed, list(both), others, names)
 
 
 def model_tensors(layout: Layout, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -159,10 +181,20 @@ def model_tensors(layout: Layout, model: PreTrainedModel) -> dict[str, Tensor]:
         model: The model.
     Returns:
         Tensors by name.
+    Raises:
+        UnsupportedModel: transformers, which is given them, would join some that are packed.
 
     Memory: views; a copy of what the layout has in another order.
     """
     made = _plain_state(model)
+    weights = [f"{path}.weight" for path in _layers(model)]
+    keys = renamed(model, weights)
+    joined = next((name for name in weights if keys and name not in keys), None)
+    if joined is not None:
+        raise UnsupportedModel(
+            f"Checkpoints of {type(model).__name__} hold {joined!r} joined with others, and low bits cannot be joined.",
+            hint="Save it with qlazy.save_quantized(model, folder), which writes them apart.",
+        )
     for path, layer in _layers(model).items():
         made |= _layer_tensors(layout, layer, f"{path}.weight")
     for name, stack in _stacks(model).items():
@@ -222,19 +254,21 @@ def _plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _held(model: PreTrainedModel) -> list[_Held]:
     """All that a folder holds of a model, under the names of its checkpoints."""
-    layers, stacks = _layers(model), _stacks(model)
-    tables = {name: stack for name, stack in stacks.items() if not stack.stack.experts}
-    marks = {name: torch.empty(0, device="meta") for name in [*(f"{path}.weight" for path in layers), *tables]}
-    by_mark = {id(mark): name for name, mark in marks.items()}
+    stacks, plain = _stacks(model), _plain_state(model)
+    tables = {name: stack.layer() for name, stack in stacks.items() if not stack.stack.experts}
+    packed = {f"{path}.weight": layer for path, layer in _layers(model).items()} | tables
+    linear = [name for name in plain if name.endswith(".weight") and type(model.get_submodule(name[:-7])) is nn.Linear]
+    keys = renamed(model, [*packed, *linear])
+    # Where checkpoints join weights of which some are packed, all are written apart, by their names in the model.
+    joins_packed = any(name not in keys for name in packed)
+    apart = {name: plain.pop(name) for name in linear if joins_packed and name not in keys}
     found = []
-    for key, tensor in revert_weight_conversion(model, _plain_state(model) | marks).items():
-        name = by_mark.get(id(tensor))
-        if name is None:
-            found.append(_Held(key=key, nbytes=tensor.nbytes, tensors=functools.partial(_as_it_is, key, tensor)))
-            continue
-        layer = tables[name].layer() if name in tables else layers[name.removesuffix(".weight")]
-        packed = functools.partial(_layer_tensors, layer=layer, key=key)
-        found.append(_Held(key=key, nbytes=_nbytes(layer.format, layer.out_features, layer), tensors=packed))
+    for key, tensor in (revert_weight_conversion(model, plain) | apart).items():
+        found.append(_Held(key=key, nbytes=tensor.nbytes, tensors=functools.partial(_as_it_is, key, tensor)))
+    for name, layer in packed.items():
+        key = keys.get(name, name)
+        tensors = functools.partial(_layer_tensors, layer=layer, key=key)
+        found.append(_Held(key=key, nbytes=_nbytes(layer.format, layer.out_features, layer), tensors=tensors))
     for name, stack in stacks.items():
         if name not in tables:
             rows = stack.stack.count * stack.stack.rows
@@ -249,16 +283,3 @@ def _as_it_is(key: str, tensor: Tensor, layout: Layout) -> dict[str, Tensor]:
 
 def _nbytes(fmt: Format, rows: int, layer: QuantLinear) -> int:
     return packed_nbytes(fmt, rows, layer.in_features, str(layer.dtype).removeprefix("torch."))
-
-
-def _shards(held: list[_Held], shard_bytes: int) -> Iterator[list[_Held]]:
-    shard: list[_Held] = []
-    nbytes = 0
-    for one in held:
-        if shard and nbytes + one.nbytes > shard_bytes:
-            yield shard
-            shard, nbytes = [], 0
-        shard.append(one)
-        nbytes += one.nbytes
-    if shard:
-        yield shard

@@ -114,6 +114,34 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+_ENCODER = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # Their checkpoints join layers that the model has apart.
+    "nomic_bert": ("NomicBertForMaskedLM", "NomicBertConfig", _ENCODER),
+    "gte": ("GteForMaskedLM", "GteConfig", _ENCODER),
+    # Its checkpoints have other names for the head and all that is text.
+    "llava": (
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama", **_decoder(tie_word_embeddings=False)},
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+            },
+            "image_token_index": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+"""What not every test is run with."""
+
+
 def inputs_of(name: str, tokens: int = 6) -> dict[str, Tensor]:
     """Something to feed a model of `MODELS`."""
     generator = torch.Generator().manual_seed(7)
@@ -129,7 +157,7 @@ def inputs_of(name: str, tokens: int = 6) -> dict[str, Tensor]:
 
 def make(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Saves a random model in several shards; norms and biases are no ones and zeros, so that a swapped pair shows."""
-    architecture, config_name, options = MODELS[name]
+    architecture, config_name, options = (MODELS | OTHERS)[name]
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**options)
     model = getattr(transformers, architecture)(config)

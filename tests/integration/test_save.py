@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -16,12 +17,16 @@ from torch import Tensor
 
 import qlazy
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
+from qlazy.fingerprint import content_key, fingerprint
 from qlazy.formats import Int8
+from qlazy.recipe import Recipe
 from qlazy.saved import verify
 from qlazy.shards import ALIGNMENT
 from qlazy.source import open_source
+from qlazy.source_packed import PackedTensor
 from qlazy.source_safetensors import read_header
 from tests.integration.conftest import inputs_of
+from tests.integration.test_load import write_gguf
 
 SAVES: list[dict[str, Any]] = [
     {},
@@ -80,12 +85,42 @@ def test_reopened_bit_for_bit(checkpoint, save, options):
     assert torch.equal(loaded(**inputs_of("llama")).logits, reopened(**inputs_of("llama")).logits)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gemma3", "gpt2", "t5", "bert", "siglip"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2", "gemma3", "gpt2", "t5", "bert", "siglip", "nomic_bert", "gte"])
 @pytest.mark.parametrize("options", [{}, {"layout": "gptq"}, {"bits": 8}], ids=str)
 def test_other_architectures_reopen(checkpoint, save, name, options):
     folder = save(name, **options)
     loaded = qlazy.load_quantized(checkpoint(name), device_map="cpu", **load_options(options))
     require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
+
+
+@pytest.mark.parametrize("name", ["nomic_bert", "gte"])
+@pytest.mark.parametrize("left", [[], ["v_proj"], ["q_proj", "k_proj", "v_proj"]], ids=str)
+def test_layers_that_checkpoints_join_are_written_apart(checkpoint, save, tmp_path, name, left):
+    assert any("qkv" in key for key in open_source(checkpoint(name)).tensors)
+    loaded = qlazy.load_quantized(checkpoint(name), device_map="cpu", modules_to_not_convert=left)
+    require_equal(loaded, qlazy.load_quantized(save(name, modules_to_not_convert=left), device_map="cpu"))
+    qlazy.save_quantized(loaded, tmp_path / "loaded", max_shard_size=60_000)
+    require_equal(loaded, qlazy.load_quantized(tmp_path / "loaded", device_map="cpu"))
+
+
+def test_save_pretrained_refuses_to_join_packed_layers(checkpoint, tmp_path):
+    loaded = qlazy.load_quantized(checkpoint("nomic_bert"), device_map="cpu")
+    with pytest.raises(UnsupportedModel, match="low bits cannot be joined"):
+        loaded.save_pretrained(tmp_path / "saved")
+
+
+def test_both_names_of_renamed_layers_are_told(checkpoint, save, tmp_path):
+    folder = save("llava")
+    loaded = qlazy.load_quantized(checkpoint("llava"), device_map="cpu")
+    require_equal(loaded, qlazy.load_quantized(folder, device_map="cpu"))
+    qlazy.save_quantized(loaded, tmp_path / "loaded")
+    require_equal(loaded, qlazy.load_quantized(tmp_path / "loaded", device_map="cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        expected = theirs(**inputs_of("llava")).logits
+    ours = qlazy.load_quantized(folder, device_map="cpu", dtype="float32")(**inputs_of("llava")).logits
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2-moe"])
@@ -252,6 +287,7 @@ def test_another_recipe_replaces_only_when_told_to(checkpoint, save):
         ({"layout": "bitsandbytes", "format": "int4"}, "is int4-g32-asym, and bitsandbytes has"),
         ({"layout": "bitsandbytes", "head_bits": 8}, "a bitsandbytes folder has one format"),
         ({"layout": "compressed-tensors", "format": "nf4"}, "is nf4-dq, and compressed-tensors has integers only"),
+        ({"layout": "gptq", "format": "nf4"}, r"gptq has integers only\.\nUse --as bitsandbytes with --head-bits 16"),
         ({"layout": "nf4"}, "There is no layout 'nf4'. That is a format of weights"),
     ],
     ids=str,
@@ -345,6 +381,73 @@ def test_cache_notices_a_changed_source(copied, tmp_path, monkeypatch):
     shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
     qlazy.load_quantized(source, device_map="cpu", cache=True)
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_what_cannot_be_cached_is_loaded_all_the_same(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLAZY_CACHE", str(tmp_path / "cache"))
+    options = {"device_map": "cpu", "format": "nf4", "head_bits": 8}
+    with pytest.warns(UserWarning, match="Not cached: .* a bitsandbytes folder has one format"):
+        loaded = qlazy.load_quantized(checkpoint("llama"), cache=True, **options)
+    require_equal(loaded, qlazy.load_quantized(checkpoint("llama"), **options))
+
+
+def test_cached_model_has_the_name_that_was_typed(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLAZY_CACHE", str(tmp_path / "cache"))
+    loaded = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", cache=True)
+    assert loaded.qlazy_report.plan.model_id == str(checkpoint("llama"))
+
+
+def test_key_tells_of_what_lies_beside_the_weights(copied):
+    folder = copied("llama")
+    keys = set()
+    for template in ("one", "two"):
+        (folder / "chat_template.jinja").write_text(template)
+        keys.add(content_key(open_source(folder), Recipe()))
+    assert len(keys) == 2
+
+
+def test_fingerprint_has_the_files_of_all_parts(save):
+    source = open_source(save("llama"))
+    name, info = next((name, info) for name, info in source.tensors.items() if isinstance(info, PackedTensor))
+    other = next(tensor.path for tensor in source.tensors.values() if tensor.path != info.path)
+    words, scale, *rest = info.parts
+    scale = dataclasses.replace(scale, stored=dataclasses.replace(scale.stored, path=other))
+    split = dataclasses.replace(info, parts=(words, scale, *rest))
+    assert set(fingerprint(dataclasses.replace(source, tensors={name: split}))) == {info.path.name, other.name}
+
+
+def test_a_save_never_replaces_its_source(copied, tmp_path):
+    source = copied("llama")
+    loaded = qlazy.load_quantized(source, device_map="cpu")
+    (tmp_path / "link").symlink_to(source.parent)
+    for model in (source, loaded):
+        for target in (source, source.parent, tmp_path / "link" / "llama"):
+            with pytest.raises(UsageError, match="would be replaced as a whole"):
+                qlazy.save_quantized(model, target, force=True)
+    assert open_source(source).tensors
+
+
+def test_config_of_a_gguf_file_names_the_class_and_no_path(checkpoint, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", checkpoint("llama"))
+    monkeypatch.setattr("qlazy.save.gguf_companions", lambda source, model: ())  # it has no tokenizer
+    qlazy.save_quantized(path, tmp_path / "saved")
+    text = (tmp_path / "saved" / "config.json").read_text()
+    assert json.loads(text)["architectures"] == ["LlamaForCausalLM"] and str(tmp_path) not in text
+
+
+def test_files_of_other_models_are_not_copied(copied, tmp_path):
+    source = copied("llama")
+    (source / "tokenizer.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model.gguf").touch()
+    loaded = qlazy.load_quantized(source, device_map="cpu")
+    qlazy.save_quantized(loaded, tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    del loaded._qlazy_source
+    loaded.config.name_or_path = str(tmp_path / "model.gguf")
+    with pytest.warns(UserWarning, match="No tokenizer is written"):
+        qlazy.save_quantized(loaded, tmp_path / "unknown")
+    assert not (tmp_path / "unknown" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("options", [{}, {"bits": 8}], ids=str)
