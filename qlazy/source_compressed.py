@@ -45,6 +45,12 @@ FORMATS = (
 MAX_PATTERN = 1000
 """Longest regular expression of a target that is taken for one."""
 
+MAX_REPEATS = 6
+"""Most repeats in one; each multiplies the steps that a match may take."""
+
+MAX_NAME = 300
+"""Longest part of a module's name that is matched."""
+
 Scheme = Mapping[str, Any]
 """The `weights` of a config group."""
 
@@ -163,7 +169,7 @@ class _Targets:
     def scheme_of(self, base: str, info: TensorInfo) -> Scheme:
         if base in self.names:
             return self.names[base]
-        found = next((said for pattern, said in self.patterns if pattern.match(base)), None)
+        found = next((said for pattern, said in self.patterns if pattern.match(base[:MAX_NAME])), None)
         if found is not None:
             return found
         # A model may have other names for its modules than the files; where there is one scheme that does not matter.
@@ -203,6 +209,9 @@ def _targets(settings: Settings) -> _Targets:
 
 
 def _pattern(text: str, settings: Settings) -> re.Pattern[str]:
+    # A repeated group can take steps without end, and no name of a layer needs one.
+    if re.search(r"\)[*+{]", text) or len(re.findall(r"(?<!\\)[*+{]", text)) > MAX_REPEATS:
+        settings.unsupported(f"target {short(text)} repeats a group, or more than {MAX_REPEATS} things")
     try:
         if len(text) < MAX_PATTERN:
             return re.compile(text)

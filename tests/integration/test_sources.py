@@ -95,7 +95,7 @@ METHODS = {
         },
     ),
 }
-_LAYER = re.compile(r"\.[a-z0-9]*_proj\.weight$|\.w[123]\.weight$|\.(c_attn|c_fc)\.weight$")
+_LAYER = re.compile(r"\.[a-z0-9]*_proj\.weight$|\.w[123]\.weight$|\.(c_attn|c_fc|Wqkv)\.weight$")
 _TURNED = re.compile(r"\.(c_attn|c_fc|c_proj)\.weight$")
 
 
@@ -124,6 +124,23 @@ def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
     ours, theirs = one.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_packed_layers_that_the_model_has_in_parts_are_unpacked(checkpoint, tmp_path):
+    packed, plain = write_both(checkpoint("nomic_bert"), tmp_path, "compressed-tensors")
+    assert any("Wqkv" in name for name, info in open_source(packed).tensors.items() if isinstance(info, PackedTensor))
+    options = {"dtype": "bfloat16", "device_map": "cpu"}
+    assert_same(qlazy.load_quantized(packed, **options), qlazy.load_quantized(plain, **options))
+
+
+def test_targets_that_could_take_for_ever_are_refused(checkpoint, tmp_path):
+    packed, _ = write_both(checkpoint("llama"), tmp_path, "compressed-tensors")
+    for pattern in ("(a+)+$", "([a-z.]*)*x", ".*a.*b.*c.*d.*e.*f.*g"):
+        config = json.loads((packed / "config.json").read_text())
+        config["quantization_config"]["config_groups"]["group_0"]["targets"] = [f"re:{pattern}"]
+        (packed / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UnsupportedModel, match="repeats a group, or more than 6 things"):
+            open_source(packed)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
