@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path, shape: str) -> Path:
         "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    tensors = list(_tensors(**SHAPES[shape]).items())
+    tensors = list(llama_tensors(**SHAPES[shape]).items())
     generator = torch.Generator().manual_seed(0)
     nbytes = 2 * sum(math.prod(size) for _, size in tensors)
     shards = max(5, -(-nbytes // SHARD_BYTES))
@@ -97,11 +97,18 @@ def write_demo(folder: Path) -> Path:
     return folder
 
 
-def _tensors(
-    *, hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int, num_key_value_heads: int
+def llama_tensors(
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    vocab_size: int = 32000,
 ) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a Llama whose head is not tied."""
     hidden, inner, kv = hidden_size, intermediate_size, hidden_size // num_attention_heads * num_key_value_heads
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32000, hidden)}
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab_size, hidden)}
     block = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (hidden, hidden),
@@ -115,7 +122,7 @@ def _tensors(
     }
     for layer in range(num_hidden_layers):
         found |= {f"model.layers.{layer}.{name}.weight": size for name, size in block.items()}
-    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (32000, hidden)}
+    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab_size, hidden)}
 
 
 def _values(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

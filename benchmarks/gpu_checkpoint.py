@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from checkpoint import llama_tensors
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 SHAPES = {
@@ -28,24 +29,7 @@ PIECE_ELEMENTS = 1 << 25
 
 def tensors(shape: str) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor."""
-    size = SHAPES[shape]
-    hidden, inner, vocabulary = size["hidden_size"], size["intermediate_size"], size["vocab_size"]
-    kv = hidden // size["num_attention_heads"] * size["num_key_value_heads"]
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    block = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    for layer in range(size["num_hidden_layers"]):
-        found |= {f"model.layers.{layer}.{name}.weight": dims for name, dims in block.items()}
-    return found | {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    return llama_tensors(**SHAPES[shape])
 
 
 def nbytes(shape: str) -> int:

@@ -50,7 +50,7 @@ def test_other_work_is_only_what_others_did():
 
 
 def test_the_13b_shape_is_llama_2():
-    shapes = checkpoint._tensors(**checkpoint.SHAPES["13b"])
+    shapes = checkpoint.llama_tensors(**checkpoint.SHAPES["13b"])
     assert sum(torch.Size(size).numel() for size in shapes.values()) == 13_015_864_320
 
 
