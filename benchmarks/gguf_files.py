@@ -19,7 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from qlazy.source import Source, TensorInfo, open_source
+from qlazy.sources.source import Source, TensorInfo, open_source
 
 KINDS = {"q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "q4_k_m": "LLAMA_FTYPE_MOSTLY_Q4_K_M", "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}
 """What `quantize` can make, and llama.cpp's name of it."""

@@ -61,7 +61,7 @@ def ceilings() -> dict[str, float]:
 def contenders(weight: Tensor) -> Iterator[tuple[str, Callable[[], tuple[Call, int]]]]:
     """What multiplies by a weight: its name, and a function that makes one more copy of it, with the bytes of the copy."""
     from qlazy.formats import Codebook4, Int4, Int8
-    from qlazy.layers import LAYERS
+    from qlazy.layers.linear import LAYERS
 
     rows, columns = weight.shape
 

@@ -88,7 +88,7 @@ def drawn(name: str) -> dict[str, Any]:
     import torch
 
     import qlazy
-    from qlazy.plan import RING_BYTES
+    from qlazy.planning.plan import RING_BYTES
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_1B))
@@ -115,7 +115,7 @@ def eager(name: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     import qlazy
-    from qlazy.quant_linear import QuantLinear
+    from qlazy.layers.quant_linear import QuantLinear
 
     torch.manual_seed(SEED)
     start = time.perf_counter()

@@ -46,7 +46,7 @@ def measure(name: str, inputs: Inputs) -> dict[str, Any]:
         found["build"] = sys.modules["llama_cpp"].llama_print_system_info().decode()
     report = getattr(getattr(model, "model", None), "qlazy_report", None)
     if report is not None:
-        from qlazy.plan import RING_BYTES
+        from qlazy.planning.plan import RING_BYTES
 
         found |= {"ring_bytes": RING_BYTES, "planned_bytes": report.plan.weight_bytes, "stages_s": report.seconds}
     return found
@@ -78,8 +78,8 @@ def measure_quantizers(inputs: Inputs) -> dict[str, float]:
     import torch
 
     import qlazy
-    from qlazy.quant_linear import QuantLinear
-    from qlazy.source import open_source
+    from qlazy.layers.quant_linear import QuantLinear
+    from qlazy.sources.source import open_source
 
     source = open_source(inputs.folder, local_files_only=True)
     found = {}

@@ -30,12 +30,12 @@ from shuffle_channels import save_shuffled_demo
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlazy.estimate import mean
 from qlazy.formats import Codebook4, Format, Int4, Int8
-from qlazy.logits import record_logits
-from qlazy.quality import score, summarize
-from qlazy.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
-from qlazy.windows import TEXT, cut
+from qlazy.measuring.estimate import mean
+from qlazy.measuring.logits import record_logits
+from qlazy.measuring.quality import score, summarize
+from qlazy.measuring.windows import TEXT, cut
+from qlazy.quantizing.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 BASELINE = "nf4"
 PLAIN = "bfloat16"

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import qlazy
 from qlazy.report import plan_summary, plan_table
-from qlazy.source import open_source
+from qlazy.sources.source import open_source
 
 
 def main(model_id: str = "demo", question: str = "What is the capital of France?") -> None:

@@ -27,7 +27,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
 import qlazy
-from qlazy.source import open_source
+from qlazy.sources.source import open_source
 
 ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
 

@@ -11,8 +11,6 @@ Importing this package imports neither torch nor transformers: each public name 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from qlazy.errors import QlazyError
     from qlazy.hf import QlazyConfig
     from qlazy.lazy import lazy_build, materialize
-    from qlazy.quality import perplexity
+    from qlazy.measuring.quality import perplexity
     from qlazy.save_api import save_quantized
 
 __version__ = "0.1.0"
@@ -43,7 +41,7 @@ _HOMES = {
     "lazy_build": "qlazy.lazy",
     "load_quantized": "qlazy.api",
     "materialize": "qlazy.lazy",
-    "perplexity": "qlazy.quality",
+    "perplexity": "qlazy.measuring.quality",
     "plan": "qlazy.api",
     "save_quantized": "qlazy.save_api",
 }
@@ -60,14 +58,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `qlazy.plan` the function: the import of the submodule of that name would otherwise bind the module over it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

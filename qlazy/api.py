@@ -9,12 +9,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from qlazy.budget import make_budget
-from qlazy.kept import keep
-from qlazy.plan import Plan, make_plan
-from qlazy.recipe import make_recipe
+from qlazy.planning.budget import make_budget
+from qlazy.planning.kept import keep
+from qlazy.planning.plan import Plan, make_plan
+from qlazy.planning.recipe import make_recipe
 from qlazy.report import Progress
-from qlazy.source import open_source
+from qlazy.sources.source import open_source
 from qlazy.trace import Trace, span
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from qlazy.errors import IncompleteCheckpoint
 from qlazy.hf import attach_quantizer
+from qlazy.layers.quant_weight import QuantWeight
 from qlazy.match import Match
 from qlazy.place import Placer
-from qlazy.plan import Plan, block_of
-from qlazy.quant_weight import QuantWeight
-from qlazy.source import Source
+from qlazy.planning.plan import Plan, block_of
+from qlazy.sources.source import Source
 
 
 def finish(

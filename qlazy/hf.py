@@ -21,10 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4, Format, Int4
-from qlazy.plan_data import Entry
-from qlazy.quant_linear import NonFiniteError, QuantLinear, require_finite
-from qlazy.recipe import Recipe, make_recipe
-from qlazy.save_model import model_config, model_layout, model_tensors
+from qlazy.layers.quant_linear import NonFiniteError, QuantLinear, require_finite
+from qlazy.planning.data import Entry
+from qlazy.planning.recipe import Recipe, make_recipe
+from qlazy.saving.save_model import model_config, model_layout, model_tensors
 from qlazy.swap import entries_of, is_replaced, quant_layer
 
 

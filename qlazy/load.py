@@ -19,27 +19,27 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qlazy.budget import Budget
-from qlazy.cache import cached
-from qlazy.chunks import CACHED_BYTES, worker_count
 from qlazy.errors import UsageError
 from qlazy.finish import finish
-from qlazy.kept import keep
-from qlazy.mapped_stack import NotAsStored
+from qlazy.layers.storage import taken_ahead
 from qlazy.match import match_tensors
 from qlazy.memory import Meter, anonymous_bytes
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder, eager_values
-from qlazy.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, RING_BYTES, Plan, make_plan
-from qlazy.plan_entries import resolve_dtype
+from qlazy.planning.budget import Budget
+from qlazy.planning.entries import resolve_dtype
+from qlazy.planning.kept import keep
+from qlazy.planning.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, RING_BYTES, Plan, make_plan
+from qlazy.planning.recipe import Recipe
 from qlazy.random_init import Drawn, build_reference, match_drawn, with_tensors
-from qlazy.recipe import Recipe
-from qlazy.reopen import reopen
+from qlazy.reading.chunks import CACHED_BYTES, worker_count
+from qlazy.reading.staging import open_gpus
+from qlazy.reopening.mapped_stack import NotAsStored
+from qlazy.reopening.reopen import reopen
 from qlazy.report import LoadReport, Progress
-from qlazy.saved import verify as verify_folder
-from qlazy.source import Source
-from qlazy.staging import open_gpus
-from qlazy.storage import taken_ahead
+from qlazy.saving.cache import cached
+from qlazy.saving.saved import verify as verify_folder
+from qlazy.sources.source import Source
 from qlazy.stream import Stream
 from qlazy.swap import swap_layers
 from qlazy.trace import Trace

@@ -19,12 +19,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Chunk, Interleave, Transpose, WeightConverter, WeightRenaming, rename_source_key
 
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
-from qlazy.fill import Fill, dtype_of, held_bytes, row_count, straight_fill
-from qlazy.fill_experts import by_expert, expert_fills, matrix_rows
-from qlazy.match_gguf import match_gguf
-from qlazy.row_map import Piece, pieces_of, rows_by_target
-from qlazy.source import Source, TensorInfo
-from qlazy.source_packed import PackedTensor, read_whole_at_once
+from qlazy.matching.fill import Fill, dtype_of, held_bytes, row_count, straight_fill
+from qlazy.matching.fill_experts import by_expert, expert_fills, matrix_rows
+from qlazy.matching.gguf import match_gguf
+from qlazy.matching.row_map import Piece, pieces_of, rows_by_target
+from qlazy.sources.packed import PackedTensor, read_whole_at_once
+from qlazy.sources.source import Source, TensorInfo
 
 MAX_BIAS_BYTES = 1 << 20
 """Largest bias that is looked at: those of half a million rows."""

@@ -12,14 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qlazy.chunks import Chunk
 from qlazy.errors import CorruptCheckpoint
-from qlazy.fill import Fill, row_count
-from qlazy.plan import GPU_CHUNK_BYTES, Plan
-from qlazy.quant_linear import ROW_BLOCK, NonFiniteError, QuantLinear, require_finite
-from qlazy.quant_weight import QuantWeight
-from qlazy.staging import DeviceQueue
-from qlazy.storage import allocate
+from qlazy.layers.quant_linear import ROW_BLOCK, NonFiniteError, QuantLinear, require_finite
+from qlazy.layers.quant_weight import QuantWeight
+from qlazy.layers.storage import allocate
+from qlazy.matching.fill import Fill, row_count
+from qlazy.planning.plan import GPU_CHUNK_BYTES, Plan
+from qlazy.reading.chunks import Chunk
+from qlazy.reading.staging import DeviceQueue
 
 
 class Placer:

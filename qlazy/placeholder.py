@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights, no_tie_weights
 from qlazy.errors import UnsupportedModel
 from qlazy.lazy import LazyReport, lazy_build, materialize, release
 from qlazy.lazy.scan import places
-from qlazy.source import Source
+from qlazy.sources.source import Source
 
 logger = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlazy.chunks import Chunk, worker_count
-from qlazy.fill import Fill, bytes_of_rows, row_count, straight_fill
-from qlazy.fill_experts import by_expert
 from qlazy.lazy.log import record_of
 from qlazy.lazy.shard import is_cuttable, materialize_shard
 from qlazy.match import Match
+from qlazy.matching.fill import Fill, bytes_of_rows, row_count, straight_fill
+from qlazy.matching.fill_experts import by_expert
 from qlazy.placeholder import construct
-from qlazy.plan import RING_BYTES
-from qlazy.source import Source, TensorInfo
+from qlazy.planning.plan import RING_BYTES
+from qlazy.reading.chunks import Chunk, worker_count
+from qlazy.sources.source import Source, TensorInfo
 
 RUN_ELEMENTS = 1 << 26
 """What a worker draws at a time: to jump to where it starts takes as long as drawing some 5 million elements."""

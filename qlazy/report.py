@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlazy.plan import Plan, TensorPlan, to_json
+from qlazy.planning.plan import Plan, TensorPlan, to_json
 from qlazy.sizes import format_bytes
 
 

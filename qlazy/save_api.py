@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qlazy.layout_config import require_layout
-from qlazy.recipe import Recipe, make_recipe
+from qlazy.planning.recipe import Recipe, make_recipe
 from qlazy.report import Progress
-from qlazy.saved import SaveReport
+from qlazy.saving.layout_config import require_layout
+from qlazy.saving.saved import SaveReport
 from qlazy.sizes import parse_bytes
-from qlazy.source import open_source
+from qlazy.sources.source import open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +81,7 @@ def save_quantized(
     tensors at most.
     """
     if not isinstance(model, str | os.PathLike):
-        from qlazy.save_model import save_model
+        from qlazy.saving.save_model import save_model
 
         wanted = None if layout is None else require_layout(layout)
         return save_model(model, os.fspath(folder), layout=wanted, force=force, shard_bytes=_bytes(max_shard_size))
@@ -110,7 +110,7 @@ def save_quantized(
         local_files_only=local_files_only,
         on_progress=downloading,
     )
-    from qlazy.save import save
+    from qlazy.saving.save import save
 
     return save(
         source,

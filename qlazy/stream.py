@@ -18,16 +18,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qlazy.chunks import MERGED_BYTES, Chunk, by_device, is_matrix, merge, plan_chunks, slot_bytes, take_turns
-from qlazy.decode import decode
-from qlazy.files import Files, Slot, make_ring
-from qlazy.fill import Fill, row_count
+from qlazy.matching.fill import Fill, row_count
 from qlazy.memory import trim_heap
-from qlazy.plan import CHUNK_BYTES, RING_BYTES
-from qlazy.read_packed import read_whole, unpack_pieces
-from qlazy.source import TensorInfo
-from qlazy.source_packed import PackedTensor, read_whole_at_once
-from qlazy.staging import page_locked
+from qlazy.planning.plan import CHUNK_BYTES, RING_BYTES
+from qlazy.reading.chunks import MERGED_BYTES, Chunk, by_device, is_matrix, merge, plan_chunks, slot_bytes, take_turns
+from qlazy.reading.decode import decode
+from qlazy.reading.files import Files, Slot, make_ring
+from qlazy.reading.packed import read_whole, unpack_pieces
+from qlazy.reading.staging import page_locked
+from qlazy.sources.packed import PackedTensor, read_whole_at_once
+from qlazy.sources.source import TensorInfo
 from qlazy.trace import Trace
 
 PROGRESS_INTERVAL_S = 0.1

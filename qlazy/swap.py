@@ -14,18 +14,18 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlazy.demand import text_config
-from qlazy.experts import EXPERTS_IMPLEMENTATION
 from qlazy.formats import Format
-from qlazy.layers import LAYERS
+from qlazy.layers.experts import EXPERTS_IMPLEMENTATION
+from qlazy.layers.linear import LAYERS
+from qlazy.layers.quant_linear import QuantLinear
+from qlazy.layers.quant_weight import QuantWeight
+from qlazy.layers.stacks import Stack, stack_of
 from qlazy.match import Match
-from qlazy.plan import Entry, Plan, TensorPlan, allocate, require_fit
-from qlazy.quant_linear import QuantLinear
-from qlazy.quant_weight import QuantWeight
-from qlazy.recipe import Kind, guess_kind
-from qlazy.source import Source, TensorInfo
-from qlazy.source_packed import PackedTensor
-from qlazy.stacks import Stack, stack_of
+from qlazy.planning.demand import text_config
+from qlazy.planning.plan import Entry, Plan, TensorPlan, allocate, require_fit
+from qlazy.planning.recipe import Kind, guess_kind
+from qlazy.sources.packed import PackedTensor
+from qlazy.sources.source import Source, TensorInfo
 
 
 def swap_layers(model: PreTrainedModel, plan: Plan, match: Match, source: Source) -> Plan:

@@ -20,8 +20,8 @@ from qlazy.outfile import replacing, require_writable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qlazy.chunks import Chunk
-    from qlazy.plan import Plan
+    from qlazy.planning.plan import Plan
+    from qlazy.reading.chunks import Chunk
     from qlazy.stream import Place
 
 

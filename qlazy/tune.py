@@ -1,4 +1,4 @@
-"""Measures the kernels on a GPU, and makes the table that `qlazy/tuned.py` reads.
+"""Measures the kernels on a GPU, and makes the table that `qlazy/products/tuned.py` reads.
 
 First the tile of each kernel and number of tokens: the candidate with the least time over all shapes. Then, with those, which
 kernel is fastest at each number of tokens. A candidate that the GPU cannot run (too much shared memory) is passed over.
@@ -16,11 +16,12 @@ import torch
 from qlazy_kernels.tiles import Tile
 from torch import Tensor
 
-from qlazy import gpu, ops, tuned
+from qlazy import gpu
 from qlazy.errors import DeviceUnavailable
 from qlazy.formats import Codebook4, Format, Int4, Int8
-from qlazy.layers import LAYERS
-from qlazy.native_product import Weight
+from qlazy.layers.linear import LAYERS
+from qlazy.products import ops, tuned
+from qlazy.products.native_product import Weight
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 """Rows and columns of the layers of an 8B model."""
@@ -193,7 +194,7 @@ def _borders(choice: str, weights: Sequence[Weight], tiles: dict[str, Any], time
 
 def _time(kernel: str, weights: Sequence[Weight], tokens: int, tile: dict[str, int] | None, timer: Timer) -> float:
     """Seconds of one product with each weight; infinity where one has no such kernel."""
-    from qlazy import triton_products
+    from qlazy.products import triton_products
 
     cut = None if tile is None else Tile(**tile)
     total = 0.0

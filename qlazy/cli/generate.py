@@ -15,16 +15,16 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
-from qlazy.budget import make_budget
 from qlazy.cli.options import Options
 from qlazy.cli.progress import Display
 from qlazy.compiled import cache_room, compile_decoding, warm_up
 from qlazy.errors import UnsupportedModel, UsageError
 from qlazy.load import load as load_source
 from qlazy.memory import anonymous_bytes
-from qlazy.recipe import make_recipe
+from qlazy.planning.budget import make_budget
+from qlazy.planning.recipe import make_recipe
 from qlazy.report import LoadReport, Progress
-from qlazy.source import Source, open_source
+from qlazy.sources.source import Source, open_source
 from qlazy.trace import Trace
 
 Messages = list[dict[str, str]]

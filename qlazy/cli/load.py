@@ -13,7 +13,7 @@ from qlazy.cli.app import app, print_json
 from qlazy.cli.options import Model, Options, with_options
 from qlazy.cli.plan import draw_up, plan_only, text
 from qlazy.errors import UsageError
-from qlazy.plan import require_fit
+from qlazy.planning.plan import require_fit
 from qlazy.plot import draw_load, require_plot, save_figure
 from qlazy.report import LoadReport, report_to_json
 from qlazy.trace import Trace, span

@@ -7,16 +7,16 @@ import math
 import typer
 
 from qlazy import memory
-from qlazy.budget import make_budget
 from qlazy.cli.app import app, complain, describe, print_json
 from qlazy.cli.options import Model, Options, with_options
 from qlazy.errors import DoesNotFit
-from qlazy.kept import keep
-from qlazy.plan import Plan, allocate, block_of, entries, require_fit, resolve_dtype, to_json
-from qlazy.recipe import make_recipe
+from qlazy.planning.budget import make_budget
+from qlazy.planning.kept import keep
+from qlazy.planning.plan import Plan, allocate, block_of, entries, require_fit, resolve_dtype, to_json
+from qlazy.planning.recipe import make_recipe
 from qlazy.report import align, plan_summary, plan_table
 from qlazy.sizes import format_bytes
-from qlazy.source import Source, open_source
+from qlazy.sources.source import Source, open_source
 
 
 @app.command(

@@ -13,19 +13,19 @@ import typer
 from qlazy.cli.app import app, print_json
 from qlazy.cli.options import RECIPE_FIELDS, Model, Options, with_options
 from qlazy.cli.plan import fitting
-from qlazy.demand import text_config
 from qlazy.errors import DoesNotFit, UsageError
-from qlazy.kept import keep
 from qlazy.memory import trim_heap
-from qlazy.plan import Plan, resolve_dtype
-from qlazy.recipe import make_recipe
+from qlazy.planning.demand import text_config
+from qlazy.planning.kept import keep
+from qlazy.planning.plan import Plan, resolve_dtype
+from qlazy.planning.recipe import make_recipe
 from qlazy.report import report_to_json
 from qlazy.sizes import format_bytes
-from qlazy.source import Source, open_source
+from qlazy.sources.source import Source, open_source
 
 if TYPE_CHECKING:
-    from qlazy.logits import RecordedLogits
-    from qlazy.windows import Windows
+    from qlazy.measuring.logits import RecordedLogits
+    from qlazy.measuring.windows import Windows
 
 _DTYPE_BYTES = {"float32": 4}
 
@@ -67,8 +67,8 @@ def ppl(
 
     from qlazy.cli import generate
     from qlazy.cli.progress import Display
-    from qlazy.quality import score, summarize, table, to_json
-    from qlazy.windows import TEXT, cut
+    from qlazy.measuring.quality import score, summarize, table, to_json
+    from qlazy.measuring.windows import TEXT, cut
 
     generate.hush(options)
     with Display(silent=options.quiet or options.json) as display:
@@ -153,9 +153,9 @@ def _record(source: Source, options: Options, windows: Windows) -> RecordedLogit
 
     import torch
 
-    from qlazy.budget import make_budget
     from qlazy.cli import generate
-    from qlazy.logits import record_logits, require_space
+    from qlazy.measuring.logits import record_logits, require_space
+    from qlazy.planning.budget import make_budget
 
     dtype = resolve_dtype(source, options.dtype, make_budget(**options.budget_arguments()))
     nbytes = windows.tokens * int(text_config(source.config).get("vocab_size") or 0) * _DTYPE_BYTES.get(dtype, 2)

@@ -11,12 +11,12 @@ import typer
 from qlazy.cli.app import app, print_json
 from qlazy.cli.options import Model, Options, with_options
 from qlazy.errors import UsageError
-from qlazy.folder import require_replaceable
-from qlazy.layout_config import LAYOUTS, require_layout
 from qlazy.save_api import save_recipe
-from qlazy.saved import SaveReport, read_manifest
+from qlazy.saving.folder import require_replaceable
+from qlazy.saving.layout_config import LAYOUTS, require_layout
+from qlazy.saving.saved import SaveReport, read_manifest
 from qlazy.sizes import parse_bytes
-from qlazy.source import open_source
+from qlazy.sources.source import open_source
 
 _IDLE = (
     "device_map",
@@ -66,7 +66,7 @@ def save(
 
     from qlazy.cli.generate import fetch, hush
     from qlazy.cli.progress import Display
-    from qlazy.save import save as save_source
+    from qlazy.saving.save import save as save_source
 
     hush(options)
     with Display(silent=options.quiet or options.json) as display:

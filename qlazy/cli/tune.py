@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from qlazy import tuned
 from qlazy.cli.app import app, print_json
 from qlazy.cli.options import Json
 from qlazy.outfile import replacing, require_writable
+from qlazy.products import tuned
 
 
 @app.command(epilog="Examples:\nqlazy tune\nqlazy tune --device cuda:1\nqlazy tune --output table.json --json")

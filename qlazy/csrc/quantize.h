@@ -1,7 +1,8 @@
 /* What the quantizers share: the weight that comes in, the storage that it goes to, and how floats are read and scales rounded.
  *
- * The Python in qlazy/quantize.py and qlazy/codebook.py is the definition; these loops give the same bytes. That means: every float32
- * operation rounded by itself (compile with -ffp-contract=off, never -ffast-math), division by the hardware, round-half-to-even.
+ * The Python in qlazy/quantizing/quantize.py and codebook.py is the definition; these loops give the same bytes. That means: every
+ * float32 operation rounded by itself (compile with -ffp-contract=off, never -ffast-math), division by the hardware,
+ * round-half-to-even.
  */
 #pragma once
 #include "halves.h"
@@ -76,7 +77,7 @@ INLINE float widest(const void *from, int64_t first, int64_t count, const int dt
     return dtype == BFLOAT16 ? load_bfloat16(most) : load_float16(most);
 }
 
-/* `_round_scale` of qlazy/quantize.py: as it will be stored, never 0, and 1 for a group of zeros. */
+/* `_round_scale` of qlazy/quantizing/quantize.py: as it will be stored, never 0, and 1 for a group of zeros. */
 INLINE float round_scale(float scale, float span, const int64_t dtype) {
     const float stored = dtype == BFLOAT16 ? round_bfloat16(scale) : dtype == FLOAT16 ? load_float16(float16_bits(scale)) : scale;
     const float least = dtype == FLOAT16 ? 0x1p-24f : 0x1p-126f;

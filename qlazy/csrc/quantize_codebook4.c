@@ -1,4 +1,4 @@
-/* `quantize_blocks` of qlazy/codebook.py, straight into storage: blocks of 64 elements of the flat weight. */
+/* `quantize_blocks` of qlazy/quantizing/codebook.py, straight into storage: blocks of 64 elements of the flat weight. */
 #include "quantize.h"
 
 #define BLOCK 64

@@ -1,4 +1,4 @@
-/* `quantize_int4` of qlazy/quantize.py, straight into packed words, for groups of 32, 64 and 128.
+/* `quantize_int4` of qlazy/quantizing/quantize.py, straight into packed words, for groups of 32, 64 and 128.
  *
  * Groups are worked on sixteen (eight, four) at a time, one a vector lane: element k of all lies in one vector, so that every step, sums
  * included, goes from vector to vector and none goes across one. Beside the rules of quantize.h: the same pairwise tree for sums, the

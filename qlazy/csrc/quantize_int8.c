@@ -1,4 +1,4 @@
-/* `quantize_int8` of qlazy/quantize.py, straight into storage. */
+/* `quantize_int8` of qlazy/quantizing/quantize.py, straight into storage. */
 #include "quantize.h"
 
 /* One weight after the other, whatever the processor. */

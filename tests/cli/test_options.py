@@ -9,7 +9,7 @@ import pytest
 from qlazy.cli.options import RECIPE_FIELDS, Options, complete_model, read_recipe
 from qlazy.configs import config_root
 from qlazy.errors import UsageError
-from qlazy.recipe import make_recipe
+from qlazy.planning.recipe import make_recipe
 
 RECIPES = sorted(file.name.removesuffix(".yaml") for file in (config_root() / "recipes").iterdir())
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from qlazy.budget import make_budget
-from qlazy.plan import make_plan, to_json
-from qlazy.recipe import make_recipe
-from qlazy.source import open_source
+from qlazy.planning.budget import make_budget
+from qlazy.planning.plan import make_plan, to_json
+from qlazy.planning.recipe import make_recipe
+from qlazy.sources.source import open_source
 
 TINY_PARAMETERS = 2 * 64 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
 

@@ -130,6 +130,6 @@ def test_a_reference_that_does_not_fit_is_told_apart(shell, tiny):
 
 
 def test_no_room_for_the_logits(qlazy, tiny, prose, monkeypatch):
-    monkeypatch.setattr("qlazy.logits.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr("qlazy.measuring.logits.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     done = qlazy("ppl", tiny, "-f", prose)
     assert done.code == 1 and "logits take 18 KiB" in done.err and "TMPDIR" in done.err

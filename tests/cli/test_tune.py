@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from qlazy import tune, tuned
+from qlazy import tune
 from qlazy.cli import app
+from qlazy.products import tuned
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cpu", "nonsense"])

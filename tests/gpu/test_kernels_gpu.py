@@ -16,10 +16,10 @@ import pytest
 import torch
 from qlazy_kernels import reference
 
-from qlazy import codebook
-from qlazy.packing import pack_int4, pack_zero_points
-from qlazy.quantize import quantize_int8
-from qlazy.search import ASYMMETRIC_FACTORS, SYMMETRIC_FACTORS, search_int4
+from qlazy.quantizing import codebook
+from qlazy.quantizing.packing import pack_int4, pack_zero_points
+from qlazy.quantizing.quantize import quantize_int8
+from qlazy.quantizing.search import ASYMMETRIC_FACTORS, SYMMETRIC_FACTORS, search_int4
 from tests.gpu.device import DEVICE, INTERPRETED, there
 from tests.kernels.packed import (
     random_codebook4,

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlazy import gpu, native, ops
+from qlazy import gpu, native
 from qlazy.formats import Codebook4, Format, Int4, Int8
-from qlazy.layers import LAYERS
-from qlazy.quant_linear import NonFiniteError, QuantLinear
+from qlazy.layers.linear import LAYERS
+from qlazy.layers.quant_linear import NonFiniteError, QuantLinear
+from qlazy.products import ops
 from tests.gpu.device import DEVICE, INTERPRETED
 from tests.kernels.packed import require_no_worse
 
@@ -49,7 +50,7 @@ def where_kernels_run(monkeypatch) -> None:
 @pytest.fixture(params=[False, True] if HAS_BITSANDBYTES and not INTERPRETED else [False], ids=lambda has: "bnb" if has else "")
 def bitsandbytes(request, monkeypatch) -> Iterator[bool]:
     """NF4 and FP4 with bitsandbytes' kernel and without it."""
-    from qlazy import triton_products
+    from qlazy.products import triton_products
 
     if request.param and not isinstance(request.getfixturevalue("fmt"), Codebook4):
         pytest.skip("int4 and int8 are not bitsandbytes'")
@@ -116,7 +117,7 @@ def test_bytes_are_those_of_the_cpu(fmt, dtype, by_kernels, monkeypatch):
 
 @pytest.mark.parametrize("blocks", [1, 31, 257, 40_000, 262_144])
 def test_the_mean_of_absmax_is_one_number_everywhere(blocks):
-    from qlazy.nested import nest_absmax
+    from qlazy.quantizing.nested import nest_absmax
 
     absmax = torch.rand(blocks, generator=torch.Generator().manual_seed(blocks)) * 0.02 + 0.03
     here = nest_absmax(absmax)
@@ -204,7 +205,7 @@ def test_compiled_as_one_graph(fmt, mode, bitsandbytes):
 
 @needs_gpu
 def test_many_tokens_take_no_more_than_a_block_of_scratch(monkeypatch):
-    monkeypatch.setattr("qlazy.blocks.GPU_BLOCK_ELEMENTS", 1 << 20)
+    monkeypatch.setattr("qlazy.products.blocks.GPU_BLOCK_ELEMENTS", 1 << 20)
     layer, x = filled(Int4(), shape=(8192, 2048)), random(512, 2048).to(DEVICE)
     y = layer(x)
     torch.cuda.synchronize()
@@ -219,7 +220,8 @@ def test_many_tokens_take_no_more_than_a_block_of_scratch(monkeypatch):
 @needs_gpu
 @pytest.mark.parametrize("bits", [4, 8])
 def test_embeddings_and_experts(bits):
-    from qlazy import experts, gather
+    from qlazy.layers import experts
+    from qlazy.products import gather
 
     made: Format = Int4() if bits == 4 else Int8()
     layer = filled(made)

@@ -17,9 +17,9 @@ from torch import Tensor
 import qlazy
 from qlazy.compiled import compile_decoding, warm_up
 from qlazy.errors import CorruptCheckpoint
-from qlazy.files import make_ring
-from qlazy.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, SCRATCH_CHUNKS
-from qlazy.staging import DeviceQueue, page_locked
+from qlazy.planning.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, SCRATCH_CHUNKS
+from qlazy.reading.files import make_ring
+from qlazy.reading.staging import DeviceQueue, page_locked
 
 pytestmark = pytest.mark.gpu
 

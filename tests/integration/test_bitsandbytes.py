@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.pytorch_utils import Conv1D
 
 import qlazy
-from qlazy.layers import Codebook4Linear
-from qlazy.quant_linear import QuantLinear
+from qlazy.layers.linear import Codebook4Linear
+from qlazy.layers.quant_linear import QuantLinear
 from tests.integration.conftest import inputs_of
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 import qlazy
 from qlazy.formats import Codebook4, Int4, Int8
-from qlazy.quant_linear import QuantLinear
-from qlazy.quant_weight import QuantWeight
+from qlazy.layers.quant_linear import QuantLinear
+from qlazy.layers.quant_weight import QuantWeight
 
 BASE: dict[str, Any] = {
     "vocab_size": 96,

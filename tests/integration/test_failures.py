@@ -29,8 +29,8 @@ from qlazy.errors import (
     UnsupportedModel,
     UsageError,
 )
+from qlazy.layers.quant_linear import QuantLinear
 from qlazy.match import match_tensors
-from qlazy.quant_linear import QuantLinear
 from tests.integration.conftest import stored
 
 NORM, EMBEDDING = "model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"

@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 import qlazy
 from qlazy.formats import Int4, Int8
-from qlazy.layers import LAYERS
-from qlazy.quant_linear import QuantLinear
-from qlazy.quant_weight import QuantWeight
-from qlazy.recipe import make_recipe
+from qlazy.layers.linear import LAYERS
+from qlazy.layers.quant_linear import QuantLinear
+from qlazy.layers.quant_weight import QuantWeight
+from qlazy.planning.recipe import make_recipe
 from tests.integration.conftest import MODELS, inputs_of, make, stored
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

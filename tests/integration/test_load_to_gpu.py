@@ -11,12 +11,13 @@ from torch import nn
 
 import qlazy
 from qlazy import load as story
-from qlazy import memory, storage
-from qlazy.layers import LAYERS
-from qlazy.packed_stack import PackedStack
+from qlazy import memory
+from qlazy.layers import storage
+from qlazy.layers.linear import LAYERS
+from qlazy.layers.packed_stack import PackedStack
 from qlazy.place import Placer
-from qlazy.plan import SCRATCH_CHUNKS
-from qlazy.staging import DeviceQueue
+from qlazy.planning.plan import SCRATCH_CHUNKS
+from qlazy.reading.staging import DeviceQueue
 from tests.unit.fake_cuda import FakeCuda
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlazy.files import _held_pages
+from qlazy.reading.files import _held_pages
 
 MIB = 1 << 20
 CONFIG = {
@@ -37,7 +37,7 @@ import json, sys
 import torch
 from transformers import LlamaForCausalLM
 import qlazy, qlazy.load
-from qlazy.layers import Codebook4Linear
+from qlazy.layers.linear import Codebook4Linear
 from qlazy.memory import Meter, anonymous_bytes
 
 folder, options = sys.argv[1], json.loads(sys.argv[2])

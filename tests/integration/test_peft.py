@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlazy
+from qlazy.layers.quant_linear import QuantLinear
 from qlazy.lazy import lazy_build, materialize
-from qlazy.quant_linear import QuantLinear
 from tests.lazy.compare import compare
 
 peft = pytest.importorskip("peft", reason="needs peft: pip install --no-deps peft", exc_type=ImportError)

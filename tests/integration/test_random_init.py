@@ -21,8 +21,8 @@ from transformers import (
 
 import qlazy
 from qlazy.errors import ModelNotFound
+from qlazy.layers.quant_linear import QuantLinear
 from qlazy.place import Placer
-from qlazy.quant_linear import QuantLinear
 
 TINY = {"vocab_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS = {

@@ -17,14 +17,14 @@ from torch import Tensor
 
 import qlazy
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
-from qlazy.fingerprint import content_key, fingerprint
 from qlazy.formats import Int8
-from qlazy.recipe import Recipe
-from qlazy.saved import verify
-from qlazy.shards import ALIGNMENT
-from qlazy.source import open_source
-from qlazy.source_packed import PackedTensor
-from qlazy.source_safetensors import read_header
+from qlazy.planning.recipe import Recipe
+from qlazy.saving.fingerprint import content_key, fingerprint
+from qlazy.saving.saved import verify
+from qlazy.saving.shards import ALIGNMENT
+from qlazy.sources.packed import PackedTensor
+from qlazy.sources.safetensors import read_header
+from qlazy.sources.source import open_source
 from tests.integration.conftest import inputs_of
 from tests.integration.test_load import write_gguf
 
@@ -429,7 +429,7 @@ def test_a_save_never_replaces_its_source(copied, tmp_path):
 
 def test_config_of_a_gguf_file_names_the_class_and_no_path(checkpoint, tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "tiny.gguf", checkpoint("llama"))
-    monkeypatch.setattr("qlazy.save.gguf_companions", lambda source, model: ())  # it has no tokenizer
+    monkeypatch.setattr("qlazy.saving.save.gguf_companions", lambda source, model: ())  # it has no tokenizer
     qlazy.save_quantized(path, tmp_path / "saved")
     text = (tmp_path / "saved" / "config.json").read_text()
     assert json.loads(text)["architectures"] == ["LlamaForCausalLM"] and str(tmp_path) not in text

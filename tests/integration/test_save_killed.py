@@ -16,12 +16,12 @@ import torch
 import transformers
 
 torch.set_num_threads(1)
-from qlazy.folder import MANIFEST
-from qlazy.recipe import make_recipe
-from qlazy.save import save
-from qlazy.source import open_source
+from qlazy.saving.folder import MANIFEST
+from qlazy.planning.recipe import make_recipe
+from qlazy.saving.save import save
+from qlazy.sources.source import open_source
 from qlazy.errors import OutOfSpace, QlazyError
-from qlazy.saved import verify
+from qlazy.saving.saved import verify
 
 torch.manual_seed(0)
 config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,

@@ -16,11 +16,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qlazy
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, QlazyError, UnsupportedModel
-from qlazy.files import Files
-from qlazy.fill import row_count
-from qlazy.read_packed import read_whole
-from qlazy.source import open_source
-from qlazy.source_packed import PackedTensor
+from qlazy.matching.fill import row_count
+from qlazy.reading.files import Files
+from qlazy.reading.packed import read_whole
+from qlazy.sources.packed import PackedTensor
+from qlazy.sources.source import open_source
 from tests.integration.conftest import stored as all_tensors
 
 Packed = tuple[dict[str, Tensor], Tensor]

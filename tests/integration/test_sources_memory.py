@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qlazy.source import open_source
-from qlazy.source_packed import PackedTensor, read_whole_at_once
+from qlazy.sources.packed import PackedTensor, read_whole_at_once
+from qlazy.sources.source import open_source
 from tests.integration.test_memory_bound import CONFIG, LOAD, MIB
 
 LAYERS = 5

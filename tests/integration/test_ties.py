@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qlazy
 from qlazy.finish import _module_map
 from qlazy.formats import Int8
-from qlazy.layers import Int8Linear
+from qlazy.layers.linear import Int8Linear
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

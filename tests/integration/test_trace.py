@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import qlazy
-from qlazy.source import open_source
+from qlazy.sources.source import open_source
 
 STAGES = ["resolve", "plan", "build", "stream", "finish"]
 

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import qlazy
-from qlazy import gpu, native
+from qlazy import gpu, native, products, quantizing
 
 
 @pytest.fixture(scope="session")
@@ -59,12 +58,13 @@ def dispatch(kernels, monkeypatch):
     for name, module in vars(kernels).items():
         monkeypatch.setitem(sys.modules, f"qlazy_kernels.{name}", module)
     made = {}
-    for name in ("triton_products", "triton_quantize"):
-        monkeypatch.delitem(sys.modules, f"qlazy.{name}", raising=False)
-        monkeypatch.setattr(qlazy, name, None, raising=False)
-        made[name] = importlib.import_module(f"qlazy.{name}")
-        monkeypatch.setitem(sys.modules, f"qlazy.{name}", made[name])
-        monkeypatch.setattr(qlazy, name, made[name])
+    for package, name in ((products, "triton_products"), (quantizing, "triton_quantize")):
+        full = f"{package.__name__}.{name}"
+        monkeypatch.delitem(sys.modules, full, raising=False)
+        monkeypatch.setattr(package, name, None, raising=False)
+        made[name] = importlib.import_module(full)
+        monkeypatch.setitem(sys.modules, full, made[name])
+        monkeypatch.setattr(package, name, made[name])
     monkeypatch.setattr(made["triton_products"], "_has_bitsandbytes", lambda: False)
     monkeypatch.setattr(gpu, "DEVICES", {"cpu"})
     monkeypatch.setattr(native, "library", lambda: None)

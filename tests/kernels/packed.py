@@ -6,7 +6,7 @@ import torch
 from qlazy_kernels import reference
 from torch import Tensor
 
-from qlazy import codebook
+from qlazy.quantizing import codebook
 
 
 def random_int4(rows: int, columns: int, groups: int, *, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from qlazy_kernels import reference
 
-from qlazy import codebook
+from qlazy.quantizing import codebook
 from tests.kernels.packed import random_codebook4, random_tokens, require_precise
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlazy import codebook, quantize
-from qlazy.packing import pack_int4, pack_zero_points
-from qlazy.search import ASYMMETRIC_FACTORS, SYMMETRIC_FACTORS, search_int4
+from qlazy.quantizing import codebook, quantize
+from qlazy.quantizing.packing import pack_int4, pack_zero_points
+from qlazy.quantizing.search import ASYMMETRIC_FACTORS, SYMMETRIC_FACTORS, search_int4
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

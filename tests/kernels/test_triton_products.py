@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlazy import blocks, codebook, experts, gather, gpu, tuned
+from qlazy import gpu
 from qlazy.formats import Codebook4, Format, Int4, Int8
-from qlazy.layers import LAYERS
-from qlazy.quant_linear import QuantLinear
+from qlazy.layers import experts
+from qlazy.layers.linear import LAYERS
+from qlazy.layers.quant_linear import QuantLinear
+from qlazy.products import blocks, gather, tuned
+from qlazy.quantizing import codebook
 from tests.kernels.packed import random_tokens, require_precise
 
 FORMATS: list[Format] = [
@@ -158,7 +161,7 @@ def test_a_table_of_the_user_comes_first(dispatch, tmp_path, monkeypatch):
 
 
 def test_weights_on_a_cpu_never_ask_for_triton(fmt, monkeypatch):
-    for name in ("qlazy.triton_products", "qlazy.triton_quantize", "triton"):
+    for name in ("qlazy.products.triton_products", "qlazy.quantizing.triton_quantize", "triton"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it is an error
     layer = layer_of(fmt)
     assert not gpu.has_kernels(layer.weight_packed)

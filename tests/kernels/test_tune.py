@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from qlazy import tune, tuned
+from qlazy import tune
+from qlazy.products import tuned
 
 
 @pytest.mark.parametrize(("kernel", "bits"), [("gemv", 4), ("gemv", 8), ("gemm", 4)])

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from qlazy.errors import QlazyError
-from qlazy.source import Source, open_source
-from qlazy.source_gguf import GGML_TYPES, TORCH_NAMES
-from qlazy.source_safetensors import DTYPES
-from tests.unit.test_source_gguf import write_gguf
+from qlazy.sources.gguf import GGML_TYPES, TORCH_NAMES
+from qlazy.sources.safetensors import DTYPES
+from qlazy.sources.source import Source, open_source
+from tests.unit.sources.test_gguf import write_gguf
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"

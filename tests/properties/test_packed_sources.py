@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from qlazy.errors import QlazyError
-from qlazy.source_packed import PackedTensor
-from qlazy.source_quantized import join_parts
-from qlazy.source_safetensors import DTYPES, read_header
-from qlazy.unpack import unpack_rows
+from qlazy.reading.unpack import unpack_rows
+from qlazy.sources.packed import PackedTensor
+from qlazy.sources.quantized import join_parts
+from qlazy.sources.safetensors import DTYPES, read_header
 
 FIXTURES = sorted((Path(__file__).parent.parent / "fixtures" / "quantized").glob("*.safetensors"))
 ITEMSIZE = {name: size for name, size in DTYPES.values() if hasattr(torch, name)}

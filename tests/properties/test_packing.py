@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlazy.formats import Int4
-from qlazy.packing import pack_int4, pack_zero_points, unpack_int4, unpack_zero_points
+from qlazy.quantizing.packing import pack_int4, pack_zero_points, unpack_int4, unpack_zero_points
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(0, 2**31))
 

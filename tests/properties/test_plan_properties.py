@@ -10,10 +10,10 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlazy.budget import Budget
-from qlazy.plan import Plan, allocate, block_of, entries, to_json
-from qlazy.recipe import Recipe, make_recipe
-from qlazy.source import Source, TensorInfo
+from qlazy.planning.budget import Budget
+from qlazy.planning.plan import Plan, allocate, block_of, entries, to_json
+from qlazy.planning.recipe import Recipe, make_recipe
+from qlazy.sources.source import Source, TensorInfo
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from qlazy.errors import IncompleteCheckpoint
-from qlazy.fill import Fill
 from qlazy.finish import finish, require_storage
 from qlazy.match import Match
-from qlazy.source import TensorInfo
+from qlazy.matching.fill import Fill
+from qlazy.sources.source import TensorInfo
 
 
 def test_what_has_no_storage_is_named_and_counted():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlazy.formats import ITEMSIZE, Codebook4, Int4, Int8, Storage, packed_nbytes
-from qlazy.layers import LAYERS
+from qlazy.layers.linear import LAYERS
 
 INT4 = [Int4(group_size=g, symmetric=s) for g in (32, 64, 128, -1) for s in (False, True)]
 INT8 = [Int8(group_size=g) for g in (-1, 32, 64, 128)]

@@ -26,8 +26,8 @@ import qlazy
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4, Int4, Int8
 from qlazy.hf import QlazyConfig, QlazyQuantizer
-from qlazy.quant_linear import QuantLinear
-from qlazy.recipe import Recipe, make_recipe
+from qlazy.layers.quant_linear import QuantLinear
+from qlazy.planning.recipe import Recipe, make_recipe
 
 KEY = "model.layers.0.mlp.up_proj.weight"
 

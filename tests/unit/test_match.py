@@ -29,8 +29,8 @@ from transformers.initialization import no_init_weights, no_tie_weights
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel
 from qlazy.lazy import lazy_build
 from qlazy.match import Match, match_tensors
-from qlazy.match_gguf import _closed_block, _row_order
-from qlazy.source import Source, TensorInfo
+from qlazy.matching.gguf import _closed_block, _row_order
+from qlazy.sources.source import Source, TensorInfo
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,

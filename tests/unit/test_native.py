@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlazy import codebook, native, native_quantize, quantize
-from qlazy.packing import pack_int4
+from qlazy import native
+from qlazy.quantizing import codebook, native_quantize, quantize
+from qlazy.quantizing.packing import pack_int4
 
 compiled = pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
 

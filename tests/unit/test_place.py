@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlazy.budget import Budget
-from qlazy.chunks import Chunk
 from qlazy.errors import CorruptCheckpoint
-from qlazy.fill import Fill
 from qlazy.formats import Int8
-from qlazy.layers import Int8Linear
+from qlazy.layers.linear import Int8Linear
+from qlazy.matching.fill import Fill
 from qlazy.place import Placer
-from qlazy.plan import Plan, TensorPlan
-from qlazy.recipe import Recipe
-from qlazy.source import TensorInfo
+from qlazy.planning.budget import Budget
+from qlazy.planning.plan import Plan, TensorPlan
+from qlazy.planning.recipe import Recipe
+from qlazy.reading.chunks import Chunk
+from qlazy.sources.source import TensorInfo
 
 ROWS, COLUMNS = 128, 32
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qlazy.errors import UnsupportedModel
 from qlazy.placeholder import build_placeholder, load_config
-from qlazy.source import Source
+from qlazy.sources.source import Source
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qlazy.budget import Budget
-from qlazy.plan import allocate, entries, to_json
-from qlazy.recipe import make_recipe
+from qlazy.planning.budget import Budget
+from qlazy.planning.plan import allocate, entries, to_json
+from qlazy.planning.recipe import make_recipe
 from qlazy.report import (
     LoadReport,
     align,
@@ -22,7 +22,7 @@ from qlazy.report import (
     timings,
     unquantized,
 )
-from qlazy.source import Source, TensorInfo
+from qlazy.sources.source import Source, TensorInfo
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -21,13 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlazy import files
 from qlazy import stream as stream_module
-from qlazy.chunks import GAP_BYTES, Chunk, merge, plan_chunks, slot_bytes, worker_count
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
-from qlazy.fill import Fill, row_count
-from qlazy.plan import CHUNK_BYTES, RING_BYTES
-from qlazy.source import TensorInfo
+from qlazy.matching.fill import Fill, row_count
+from qlazy.planning.plan import CHUNK_BYTES, RING_BYTES
+from qlazy.reading import files
+from qlazy.reading.chunks import GAP_BYTES, Chunk, merge, plan_chunks, slot_bytes, worker_count
+from qlazy.sources.source import TensorInfo
 from qlazy.stream import Stream
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.int64: "int64", torch.uint8: "uint8"}

@@ -29,10 +29,10 @@ from transformers.initialization import no_init_weights, no_tie_weights
 from transformers.pytorch_utils import Conv1D
 
 from qlazy.formats import Codebook4, Int4, Int8
-from qlazy.layers import Int4Linear, Int8Linear
+from qlazy.layers.linear import Int4Linear, Int8Linear
+from qlazy.layers.quant_linear import QuantLinear
+from qlazy.layers.quant_weight import QuantWeight
 from qlazy.lazy import lazy_build
-from qlazy.quant_linear import QuantLinear
-from qlazy.quant_weight import QuantWeight
 from qlazy.swap import entries_of, is_replaced, quant_layer, swap_parameter
 
 SMALL: dict[str, Any] = {

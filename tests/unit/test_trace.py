@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from qlazy.chunks import Chunk
 from qlazy.errors import UsageError
-from qlazy.fill import Fill
 from qlazy.formats import Int8
-from qlazy.source import TensorInfo
+from qlazy.matching.fill import Fill
+from qlazy.reading.chunks import Chunk
+from qlazy.sources.source import TensorInfo
 from qlazy.trace import Trace, span
 
 

@@ -1,0 +1,1 @@
+"""How good a quantized model is: logits, perplexity, and how far predictions are from another model's."""
