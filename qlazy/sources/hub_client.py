@@ -1,22 +1,21 @@
 """One repository of the hub, asked through huggingface_hub: its commit and files, their first bytes, whole files, the cache.
 
-Every request has a time limit, and every way in which the hub, the network or the disk can fail becomes one of qlazy's errors.
-The commit is resolved once and everything is fetched at it. huggingface_hub is imported when the hub is asked, not before.
+Every request has a time limit, and what can fail is one of qlazy's errors, see `hub_errors.py`. The commit is
+resolved once and everything is fetched at it. huggingface_hub is imported when the hub is asked, not before.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlazy.errors import GatedModel, HubUnreachable, ModelNotFound, OutOfSpace, QlazyError
+from qlazy.errors import HubUnreachable
+from qlazy.sources.hub_errors import AGAIN, Asked
 
 WORKERS = 8
 """Files fetched at a time."""
@@ -47,7 +46,7 @@ class Repository:
         self.revision = revision
         self.token = token
         self.cache = str(Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser())
-        self.endpoint = str(constants.ENDPOINT)
+        self.asked = Asked(id=id, revision=revision, endpoint=str(constants.ENDPOINT), cache=self.cache)
         self.offline = bool(constants.is_offline_mode())
         self.commit = ""
         self.sizes: dict[str, int] = {}
@@ -62,7 +61,7 @@ class Repository:
         """
         from huggingface_hub import HfApi, constants
 
-        with self.errors():
+        with self.asked.errors():
             info = HfApi().model_info(
                 self.id,
                 revision=self.revision,
@@ -109,7 +108,7 @@ class Repository:
             follow_redirects=True,
         )
         raw = bytearray()
-        with self.errors(name), request as response:
+        with self.asked.errors(name), request as response:
             if response.status_code >= 400:
                 response.read()  # the error's text, which a stream does not have yet
             hf_raise_for_status(response)
@@ -122,7 +121,7 @@ class Repository:
         if not total.isdecimal():
             raise HubUnreachable(f"the hub did not tell the size of {self.id}/{name}", hint="Is HF_ENDPOINT a hub?")
         if len(raw) < min(count, int(total)):
-            raise HubUnreachable(f"the connection broke after {len(raw):,} bytes of {self.id}/{name}", hint=_AGAIN)
+            raise HubUnreachable(f"the connection broke after {len(raw):,} bytes of {self.id}/{name}", hint=AGAIN)
         return bytes(raw[:count]), int(total)
 
     def in_cache(self, name: str) -> Path | None:
@@ -155,7 +154,7 @@ class Repository:
         """
         from huggingface_hub import hf_hub_download
 
-        with self.errors(name):
+        with self.asked.errors(name):
             path = hf_hub_download(
                 self.id,
                 name,
@@ -236,84 +235,6 @@ class Repository:
         except (LocalEntryNotFoundError, ValueError):
             return None
 
-    @contextlib.contextmanager
-    def errors(self, file: str = "") -> Iterator[None]:
-        """Turn what huggingface_hub, its HTTP library and the disk raise into qlazy's errors.
-
-        Args:
-            file: Which file is fetched, for messages.
-
-        Yields:
-            Nothing.
-
-        Memory: none.
-        """
-        from huggingface_hub import errors as hub
-
-        where = f"{self.id}/{file}" if file else self.id
-        try:
-            yield
-        except hub.GatedRepoError as error:
-            raise GatedModel(
-                f"{self.id} is gated: the hub wants the token of someone who accepted its licence",
-                hint=f"Accept it at {self.endpoint}/{self.id}, then: hf auth login (or set HF_TOKEN)",
-            ) from error
-        except hub.RevisionNotFoundError as error:
-            hint = f"See {self.endpoint}/{self.id}/tree/main"
-            raise ModelNotFound(f"{self.id} has no revision {self.revision!r}", hint=hint) from error
-        except hub.RemoteEntryNotFoundError as error:
-            raise ModelNotFound(f"{self.id} has no file {file!r} at {self.revision}") from error
-        except (hub.RepositoryNotFoundError, hub.HFValidationError, hub.DisabledRepoError) as error:
-            raise self.absent() from error
-        except hub.HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (401, 403, 404):
-                raise self.absent(f" (it answered {status})") from error
-            raise HubUnreachable(f"the hub answered {status} for {where}", hint=_AGAIN) from error
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                hint = "Free some, or set HF_HOME to another disk."
-                raise OutOfSpace(f"no space left for {where} in {self.cache}", hint=hint) from error
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise QlazyError(
-                    f"{self.cache} cannot be written: {error.strerror}", hint="Set HF_HOME to a folder of yours."
-                ) from error
-            raise self.unreachable(where, error) from error
-        except (hub.HTTPError, ValueError) as error:  # type: ignore[attr-defined]  # base class of its HTTP library, httpx or httpx2
-            raise self.unreachable(where, error) from error
-
-    def absent(self, detail: str = "") -> ModelNotFound:
-        """The error for a repository that the hub does not show us.
-
-        Args:
-            detail: What else is known, in parentheses.
-
-        Returns:
-            The error.
-
-        Memory: none.
-        """
-        return ModelNotFound(
-            f"no folder {self.id!r} here, and the hub has no such model or does not show it to this token{detail}",
-            hint=f"Check the spelling at {self.endpoint}/{self.id}; for a private model: hf auth login (or set HF_TOKEN)",
-        )
-
-    def unreachable(self, where: str, error: Exception) -> HubUnreachable:
-        """The error for a hub that does not answer, or stops in the middle.
-
-        Args:
-            where: What was asked for.
-            error: What huggingface_hub said.
-
-        Returns:
-            The error.
-
-        Memory: none.
-        """
-        reason = error.__cause__ or error
-        text = str(reason).strip().partition("\n")[0] or "no details"
-        return HubUnreachable(f"fetching {where} from {self.endpoint} failed: {type(reason).__name__}: {text}", hint=_AGAIN)
-
 
 class _Stopped(Exception):
     """Ends a download whose result nobody waits for any more; huggingface_hub then removes the partial file."""
@@ -347,6 +268,3 @@ def _silent_bar(stop: threading.Event, on_progress: Progress | None, total: int)
             return lambda *args, **kwargs: None
 
     return Bar
-
-
-_AGAIN = "Check the connection and run it again: complete files are not fetched twice. HF_HUB_OFFLINE=1 uses the cache alone."

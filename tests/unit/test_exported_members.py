@@ -78,6 +78,7 @@ TORCH_FREE = [
     "qlazy.sources.gguf",
     "qlazy.sources.hub",
     "qlazy.sources.hub_client",
+    "qlazy.sources.hub_errors",
     "qlazy.sources.index",
     "qlazy.sources.quantized",
     "qlazy.sources.safetensors",
