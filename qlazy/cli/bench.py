@@ -9,7 +9,8 @@ import typer
 
 from qlazy.bench import measure, table, to_json
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Compile, Model, Options, with_options
+from qlazy.cli.arguments import Compile, Model
+from qlazy.cli.options import Options, with_options
 from qlazy.cli.plan import fitting
 from qlazy.errors import UsageError
 from qlazy.plot import draw_benchmark, require_plot, save_figure

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlazy.cli.app import app
-from qlazy.cli.options import Compile, Model, Options, with_options
+from qlazy.cli.arguments import Compile, Model
+from qlazy.cli.options import Options, with_options
 from qlazy.cli.plan import fitting
 from qlazy.errors import UsageError
 

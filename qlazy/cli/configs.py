@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Json
+from qlazy.cli.arguments import Json
 from qlazy.configs import config_root
 from qlazy.errors import UsageError
 

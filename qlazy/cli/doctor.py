@@ -15,7 +15,7 @@ import psutil
 
 from qlazy import __version__, memory
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Json
+from qlazy.cli.arguments import Json
 from qlazy.sizes import format_bytes
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "triton", "accelerate", "huggingface-hub", "gguf")

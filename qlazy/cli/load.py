@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Model, Options, with_options
+from qlazy.cli.arguments import Model
+from qlazy.cli.options import Options, with_options
 from qlazy.cli.plan import draw_up, plan_only, text
 from qlazy.errors import UsageError
 from qlazy.planning.plan import require_fit

@@ -6,7 +6,7 @@ import dataclasses
 
 from qlazy import configs
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Json
+from qlazy.cli.arguments import Json
 
 
 @app.command(epilog="Examples:\nqlazy models\nqlazy models --json")

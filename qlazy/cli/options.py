@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,56 +14,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from qlazy import configs
+from qlazy.cli.recipe_file import RECIPE_FIELDS, read_recipe
 from qlazy.errors import UsageError
-
-RECIPE_FIELDS = (
-    "bits",
-    "format",
-    "group_size",
-    "symmetric",
-    "double_quant",
-    "head_bits",
-    "embedding_bits",
-    "module_bits",
-    "modules_to_not_convert",
-)
-"""What a recipe says, in a file, on the command line and in Python."""
 
 _WHAT = "What becomes of the weights"
 _WHERE = "Where they go"
 _FROM = "Where they come from"
 _SAYS = "What is said"
-
-
-def complete_model(incomplete: str) -> list[str]:
-    """Aliases and cached hub ids that begin with what was typed; no torch, no network.
-
-    Args:
-        incomplete: What was typed so far.
-    Returns:
-        Candidates; none where a path was begun, so that the shell completes it.
-    """
-    home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
-    cache = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub")))
-    cached = [folder.name.removeprefix("models--").replace("--", "/") for folder in sorted(cache.glob("models--*"))]
-    return [name for name in [*configs.aliases(), *cached] if name.startswith(incomplete)]
-
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="Alias (see `qlazy models`), hub id such as org/name, local folder, or .gguf file.",
-        autocompletion=complete_model,
-        show_default=False,
-    ),
-]
-Compile = Annotated[
-    bool,
-    typer.Option("--compile", help="Compile the step from token to token: seconds to minutes once, then less a token."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and no progress.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,37 +255,6 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, p in own.parameters.items() if name != "options"]
     call.__signature__ = own.replace(parameters=[*kept, *shared])  # type: ignore[attr-defined]
     return call
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Read a recipe file.
-
-    Args:
-        name: A path, or the name of a shipped recipe such as `int4`.
-    Returns:
-        Arguments of `make_recipe`.
-    Raises:
-        UsageError: no such file, not YAML, or a field that no recipe has.
-    """
-    import yaml
-
-    shipped = configs.config_root() / "recipes"
-    names = sorted(file.name.removesuffix(".yaml") for file in shipped.iterdir() if file.name.endswith(".yaml"))
-    file = Path(name) if Path(name).is_file() or name not in names else shipped / f"{name}.yaml"
-    try:
-        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"There is no recipe {name!r}: {error.strerror or error}.", hint=f"Give a YAML file, or one of {', '.join(names)}."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{name} is not YAML: {error}", hint="See `qlazy configs cat recipes/int4.yaml`.") from None
-    if not isinstance(fields, dict):
-        raise UsageError(f"{name} holds no fields.", hint="See `qlazy configs cat recipes/int4.yaml`.")
-    unknown = [str(field) for field in fields if field not in RECIPE_FIELDS]
-    if unknown:
-        raise UsageError(f"{name} has {', '.join(unknown)}, which no recipe has.", hint=f"Use {', '.join(RECIPE_FIELDS)}.")
-    return fields
 
 
 def _pairs(flag: str, text: str, example: str = "0=22GiB,cpu=16GiB") -> dict[str, str]:

@@ -8,7 +8,8 @@ import typer
 
 from qlazy import memory
 from qlazy.cli.app import app, complain, describe, print_json
-from qlazy.cli.options import Model, Options, with_options
+from qlazy.cli.arguments import Model
+from qlazy.cli.options import Options, with_options
 from qlazy.errors import DoesNotFit
 from qlazy.planning.budget import make_budget
 from qlazy.planning.kept import keep

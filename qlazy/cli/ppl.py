@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import RECIPE_FIELDS, Model, Options, with_options
+from qlazy.cli.arguments import Model
+from qlazy.cli.options import Options, with_options
 from qlazy.cli.plan import fitting
+from qlazy.cli.recipe_file import RECIPE_FIELDS
 from qlazy.errors import DoesNotFit, UsageError
 from qlazy.memory import trim_heap
 from qlazy.planning.demand import text_config

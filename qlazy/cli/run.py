@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Compile, Model, Options, with_options
+from qlazy.cli.arguments import Compile, Model
+from qlazy.cli.options import Options, with_options
 from qlazy.cli.plan import fitting
 from qlazy.report import measured_table, plan_summary, report_to_json, timings
 

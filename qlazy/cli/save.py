@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Model, Options, with_options
+from qlazy.cli.arguments import Model
+from qlazy.cli.options import Options, with_options
 from qlazy.errors import UsageError
 from qlazy.save_api import save_recipe
 from qlazy.saving.folder import require_replaceable

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from qlazy.cli.app import app, print_json
-from qlazy.cli.options import Json
+from qlazy.cli.arguments import Json
 from qlazy.outfile import replacing, require_writable
 from qlazy.products import tuned
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qlazy.cli.options import RECIPE_FIELDS, Options, complete_model, read_recipe
+from qlazy.cli.arguments import complete_model
+from qlazy.cli.options import Options
+from qlazy.cli.recipe_file import RECIPE_FIELDS, read_recipe
 from qlazy.configs import config_root
 from qlazy.errors import UsageError
 from qlazy.planning.recipe import make_recipe
