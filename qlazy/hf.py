@@ -22,10 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4, Format, Int4
 from qlazy.layers.quant_linear import NonFiniteError, QuantLinear, require_finite
+from qlazy.model_entries import entries_of
 from qlazy.planning.data import Entry
 from qlazy.planning.recipe import Recipe, make_recipe
 from qlazy.saving.save_model import model_config, model_layout, model_tensors
-from qlazy.swap import entries_of, is_replaced, quant_layer
+from qlazy.swap import is_replaced, quant_layer
 
 
 @register_quantization_config("qlazy")

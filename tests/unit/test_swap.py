@@ -33,7 +33,8 @@ from qlazy.layers.linear import Int4Linear, Int8Linear
 from qlazy.layers.quant_linear import QuantLinear
 from qlazy.layers.quant_weight import QuantWeight
 from qlazy.lazy import lazy_build
-from qlazy.swap import entries_of, is_replaced, quant_layer, swap_parameter
+from qlazy.model_entries import entries_of
+from qlazy.swap import is_replaced, quant_layer, swap_parameter
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
