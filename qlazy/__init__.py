@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlazy.api import load_quantized, plan
     from qlazy.errors import QlazyError
-    from qlazy.hf import QlazyConfig
+    from qlazy.hf_config import QlazyConfig
     from qlazy.lazy import lazy_build, materialize
     from qlazy.measuring.quality import perplexity
     from qlazy.save_api import save_quantized
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "QlazyConfig": "qlazy.hf",
+    "QlazyConfig": "qlazy.hf",  # not hf_config, as this one registers the quantizer as well
     "QlazyError": "qlazy.errors",
     "lazy_build": "qlazy.lazy",
     "load_quantized": "qlazy.api",

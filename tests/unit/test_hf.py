@@ -25,7 +25,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import qlazy
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4, Int4, Int8
-from qlazy.hf import QlazyConfig, QlazyQuantizer
+from qlazy.hf import QlazyQuantizer
+from qlazy.hf_config import QlazyConfig
 from qlazy.layers.quant_linear import QuantLinear
 from qlazy.planning.recipe import Recipe, make_recipe
 
