@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -74,8 +75,15 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     blob = Path(os.readlink(path)).name if path.is_symlink() else ""
     if re.fullmatch(r"[0-9a-f]{64}", blob):
         return {"bytes": status.st_size, "sha256": blob}
+    sample = _sample(path, status.st_size, (status.st_ino, status.st_mtime_ns, status.st_ctime_ns))
+    return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns, "sample_sha256": sample}
+
+
+@functools.lru_cache(maxsize=1024)
+def _sample(path: Path, nbytes: int, unchanged: tuple[int, ...]) -> str:
+    """Hash of parts of a file, read once though a load that keeps what it makes asks three times."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         for number in range(_SAMPLES):
-            digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, status.st_size * number // _SAMPLES))
-    return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns, "sample_sha256": digest.hexdigest()}
+            digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, nbytes * number // _SAMPLES))
+    return digest.hexdigest()
