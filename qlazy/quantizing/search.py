@@ -3,7 +3,7 @@
 What a group becomes depends on that group alone, never on the chunk, the thread count, the vector width or the device,
 because only operations with one IEEE-754 answer are used: float32 add, subtract, multiply, divide and round-half-to-even,
 each rounded by itself (no fused multiply-add), minimum and maximum (order does not matter), and for the sum of squared errors
-an explicit pairwise tree (`_tree_sum`) in place of a library reduction. A C or Triton version has to keep that: division
+an explicit pairwise tree (`tree_sum`) in place of a library reduction. A C or Triton version has to keep that: division
 rounded to nearest, contraction off, the same tree, the same order of candidates, a later one taken only if strictly less.
 
 Inside, a block of rows lies as *planes*, float32 (group, rows * G): element k of every group is one contiguous row. A reduction
@@ -79,7 +79,7 @@ def _search(
         torch.mul(weight, inverses[index], out=rounded)
         torch.round(rounded, out=error)
         error.clamp_(lows[index], highs[index]).sub_(rounded).square_()
-        loss = _tree_sum(error).mul(scales[index]).mul_(scales[index])
+        loss = tree_sum(error).mul(scales[index]).mul_(scales[index])
         if index == 0:
             least = loss
             continue
@@ -120,14 +120,21 @@ def _refit(weight: Tensor, q: Tensor, product: Tensor, scale: Tensor, zero: Tens
     torch.mul(weight, scale.reciprocal(), out=q)
     q.round_().clamp_(-zero, 15.0 - zero)
     torch.mul(weight, q, out=product)
-    along = _tree_sum(product).clone()
-    square = _tree_sum(q.square_())
+    along = tree_sum(product).clone()
+    square = tree_sum(q.square_())
     # Where every code is the zero, or one is NaN, there is nothing to fit.
     return torch.where(square > 0, round_scale(along / square, square, scale_dtype), scale)
 
 
-def _tree_sum(planes: Tensor) -> Tensor:
-    """Sum over the first axis in place, always the same tree: fold the upper half onto the lower, an odd middle one waits."""
+def tree_sum(planes: Tensor) -> Tensor:
+    """Sum over the first axis in place, always the same tree: fold the upper half onto the lower, an odd middle one waits.
+
+    Args:
+        planes: Any shape with at least one plane; overwritten.
+
+    Returns:
+        The first plane, which holds the sum.
+    """
     count = planes.shape[0]
     while count > 1:
         half = count // 2
