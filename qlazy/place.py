@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -175,6 +175,25 @@ class Placer:
         owner, leaf = self._owners[name], name.rpartition(".")[2]
         packed = _packed(owner, leaf)
         return packed.out_features if isinstance(packed, QuantLinear) else row_count(tuple(getattr(owner, leaf).shape))
+
+
+def empty(model: nn.Module, names: Iterable[str]) -> None:
+    """Take the storage of what has been used or written away; buffers that are no part of a packed weight keep theirs.
+
+    Args:
+        model: A model with its layers swapped.
+        names: Tensors of its plan.
+    """
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        packed = _packed(owner, leaf)
+        if packed is not None:
+            for key in packed.storage:
+                setattr(packed, key, torch.empty_like(getattr(packed, key), device="meta"))
+        elif leaf in owner._parameters:
+            held = torch.empty_like(getattr(owner, leaf), device="meta")
+            setattr(owner, leaf, nn.Parameter(held, requires_grad=False))
 
 
 def _packed(owner: nn.Module, leaf: str) -> QuantLinear | QuantWeight | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-_VERBS = {"download": "Downloading", "read": "Reading"}
+_VERBS = {"download": "Downloading", "read": "Reading", "write": "Writing text", "calibrate": "Calibrating"}
 
 STEP = 10
 """Per cent between two lines."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlazy.calibrating.calibration import Calibration
 from qlazy.cli.app import app, print_json
 from qlazy.cli.arguments import Model
 from qlazy.cli.options import Options, with_options
@@ -18,6 +19,9 @@ from qlazy.saving.layout_config import LAYOUTS, require_layout
 from qlazy.saving.saved import SaveReport, read_manifest
 from qlazy.sizes import parse_bytes
 from qlazy.sources.source import open_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _IDLE = (
     "device_map",
@@ -33,8 +37,10 @@ _IDLE = (
 """Options of a load that a save has no use for."""
 
 
+@app.command("quantize", hidden=True)
 @app.command(
-    epilog="Examples:\nqlazy save demo demo-int4\nqlazy save llama-8b llama-8b-nf4 --as bitsandbytes\n"
+    epilog="Examples:\nqlazy save demo demo-int4\nqlazy save demo demo-int4 --calibrate\n"
+    "qlazy save llama-8b llama-8b-nf4 --as bitsandbytes\n"
     "qlazy save ./folder ./folder-int4 --symmetric --group-size 64 --head-bits 16"
 )
 @with_options
@@ -51,9 +57,24 @@ def save(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Size of a file.")] = "512MiB",
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that holds something.")] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Round by what each layer takes in: better, and slower. The model writes the text."),
+    ] = False,
+    calibration_file: Annotated[
+        Path | None, typer.Option(help="Calibrate on this text, in UTF-8, and not on the model's own.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help=f"Sequences to calibrate on (default {Calibration.samples}).")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help=f"Tokens of each (default {Calibration.sequence_length}).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help=f"Of the text that the model writes (default {Calibration.seed}).")] = None,
     options: Options,
 ) -> None:
     """Quantize MODEL into FOLDER, which qlazy, transformers and vLLM open; goes on where it was cut off."""
+    calibration = _calibration(calibrate, file=calibration_file, samples=samples, sequence_length=sequence_length, seed=seed)
     idle = [name for name in _IDLE if getattr(options, name) != getattr(Options(), name)]
     if idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
@@ -71,8 +92,22 @@ def save(
 
     hush(options)
     with Display(silent=options.quiet or options.json) as display:
+        source = fetch(source, options, display)
+
+        def text() -> Tensor:
+            from qlazy.own_text import tokens_for
+
+            assert calibration is not None
+            return tokens_for(
+                source,
+                calibration,
+                trust_remote_code=options.trust_remote_code,
+                drop_page_cache=options.drop_page_cache,
+                on_progress=display,
+            )
+
         report = save_source(
-            fetch(source, options, display),
+            source,
             recipe,
             folder,
             layout=None if layout is None else require_layout(layout),
@@ -82,11 +117,21 @@ def save(
             trust_remote_code=options.trust_remote_code,
             drop_page_cache=options.drop_page_cache,
             on_progress=display,
+            calibration=calibration,
+            text=text,
         )
     options.say(str(report))
     if options.json:
         print_json(_to_json(report))
     options.say(f"Next: qlazy run {folder} 'Hello'\n      vllm serve {folder}")
+
+
+def _calibration(calibrate: bool, **told: Any) -> Calibration | None:
+    given = {name: value for name, value in told.items() if value is not None}
+    if given and not calibrate and "file" not in given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UsageError(f"{flags} belongs to a calibration.", hint="Add --calibrate.")
+    return Calibration(**given) if calibrate or given else None
 
 
 def _to_json(report: SaveReport) -> dict[str, object]:

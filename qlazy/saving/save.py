@@ -10,40 +10,41 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from qlazy import __version__
-from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
-from qlazy.layers.quant_linear import NonFiniteError, require_finite
+from qlazy.calibrating.blocks import find_decoder
+from qlazy.calibrating.calibration import Calibration
+from qlazy.calibrating.walk import Walk, require_integers
 from qlazy.match import match_tensors
-from qlazy.matching.fill import Fill, row_count
 from qlazy.memory import anonymous_bytes, trim_heap
-from qlazy.place import Placer
+from qlazy.place import empty
 from qlazy.placeholder import build_placeholder
 from qlazy.planning.budget import Budget
 from qlazy.planning.plan import Plan, make_plan, resolve_dtype
 from qlazy.planning.recipe import Recipe
-from qlazy.reading.chunks import CACHED_BYTES, Chunk, worker_count
 from qlazy.report import Progress
+from qlazy.saving.calibrated import CalibratedSave
 from qlazy.saving.companions import companions, config_json, gguf_companions
+from qlazy.saving.fill_shard import fill_shard
 from qlazy.saving.fingerprint import content_key, fingerprint, weight_files
 from qlazy.saving.folder import PartialFolder, writing
 from qlazy.saving.layout_config import Layout
 from qlazy.saving.layouts import default_layout
-from qlazy.saving.outputs import by_stack, output_tensors, stored
-from qlazy.saving.pieces import Output, Piece, cut_shards, describe, make_pieces, require_layout_fits
+from qlazy.saving.outputs import stored
+from qlazy.saving.pieces import cut_shards, describe, make_pieces, require_layout_fits
 from qlazy.saving.saved import SaveReport, already_saved
 from qlazy.saving.shards import index_json, shard_names, shard_pieces
+from qlazy.sensitivity import measured
 from qlazy.sources.safetensors import read_header
 from qlazy.sources.source import Source
-from qlazy.stream import Stream
 from qlazy.swap import swap_layers
 
 SHARD_BYTES = 512 << 20
@@ -65,6 +66,8 @@ def save(
     trust_remote_code: bool = False,
     drop_page_cache: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
+    calibration: Calibration | None = None,
+    text: Callable[[], Tensor] | None = None,
 ) -> SaveReport:
     """Quantize an opened source into a folder. `qlazy.save_quantized` is this with the options spelled out.
 
@@ -79,20 +82,24 @@ def save(
         trust_remote_code: Run Python code from the model's folder.
         drop_page_cache: Give the file pages that reading brings in back to the kernel.
         on_progress: Called a few times a second.
+        calibration: Walk through the blocks of the model with a text, and round by what each layer takes in.
+        text: Gives the tokens of that text; only asked for where no earlier attempt has.
     Returns:
         What was written.
     Raises:
         UsageError: the folder holds something else, or the layout cannot hold the recipe's formats.
+        UnsupportedModel: a model that cannot be walked through block by block.
         OutOfSpace: the disk is full; what is complete stays for the next attempt.
         CorruptCheckpoint: a damaged file, by name of file and tensor.
 
-    Memory: one shard, or the largest tensor where that is more, and the ring of a load.
+    Memory: one shard, or the largest tensor where that is more, and the ring of a load; calibrated as `Walk` says beside that.
     """
     began = time.perf_counter()
     layout = layout or default_layout(recipe.format)
     # No rule for this machine's processor: where the folder will be used is not known.
     dtype = resolve_dtype(source, dtype, dataclasses.replace(UNLIMITED, devices=("cuda:0",)))
-    key = content_key(source, recipe, layout=layout, dtype=dtype, shard_bytes=shard_bytes)
+    told = {} if calibration is None else {"calibration": calibration.told()}
+    key = content_key(source, recipe, layout=layout, dtype=dtype, shard_bytes=shard_bytes, **told)
     done = already_saved(folder, key)
     if done is not None:
         return done
@@ -101,9 +108,22 @@ def save(
         plan = make_plan(source, recipe, UNLIMITED, dtype=dtype)
         model = build_placeholder(source, getattr(torch, plan.dtype), trust_remote_code=trust_remote_code)
         match = match_tensors(model, source)
-        plan = swap_layers(model, plan, match, source)
+        recipe = measured(model, recipe, plan.dtype, match, drop_page_cache=drop_page_cache)
+        plan = swap_layers(model, dataclasses.replace(plan, recipe=recipe), match, source)
         pieces = make_pieces(model, plan, match, source)
         require_layout_fits(pieces, layout)
+        walk = None
+        if calibration is not None and text is not None:
+            require_integers(plan)
+            walk = CalibratedSave(
+                partial,
+                text,
+                functools.partial(
+                    Walk, model, plan, match, source, trust_remote_code=trust_remote_code, drop_page_cache=drop_page_cache
+                ),
+                find_decoder(model),
+            )
+            pieces = walk.in_blocks(pieces)
         shards = list(cut_shards(pieces, shard_bytes))
         names = shard_names(len(shards))
         resumed = len(partial.done.keys() & set(names))
@@ -112,16 +132,20 @@ def save(
         def reading(done: int) -> None:
             if on_progress is not None:
                 host = anonymous_bytes()
-                on_progress(Progress(stage="read", done_bytes=before + done, total_bytes=total, host_bytes=host))
+                stage = "read" if walk is None else "calibrate"
+                on_progress(Progress(stage=stage, done_bytes=before + done, total_bytes=total, host_bytes=host))
 
         for name, shard in zip(names, shards, strict=True):
             if name not in partial.done:
-                tensors = _filled(model, plan, shard, layout, drop_page_cache, reading)
+                filled = walk.fill(shard, reading) if walk is not None else set()
+                tensors = fill_shard(model, plan, shard, layout, drop_page_cache, reading, filled)
                 partial.write(name, shard_pieces(stored(tensors), {"format": "pt"}))
                 tensors.clear()
-                _empty(model, shard)
+                empty(model, {output.name for piece in shard for output in piece.outputs if output.name})
                 trim_heap()
             before += sum(fill.nbytes for piece in shard for fill in piece.fills)
+        if walk is not None:
+            walk.end()
         nbytes = write_index(partial, names)
         beside = gguf_companions(source, model) if source.gguf_file else companions(source.folder or Path())
         for name, content in beside:
@@ -132,7 +156,7 @@ def save(
             config = model.config.to_dict() | {"architectures": [type(model).__name__]}
             config.pop("_name_or_path", None)
         partial.commit(
-            make_manifest(layout, plan, model_id=source.resolved, revision=source.revision, files=fingerprint(source)),
+            make_manifest(layout, plan, model_id=source.resolved, revision=source.revision, files=fingerprint(source)) | told,
             config_json(config, said, plan.dtype),
         )
     return SaveReport(
@@ -142,6 +166,7 @@ def save(
         shards=len(shards),
         shards_resumed=resumed,
         seconds=time.perf_counter() - began,
+        calibrated=None if walk is None else walk.done,
     )
 
 
@@ -182,81 +207,3 @@ def make_manifest(layout: Layout, plan: Plan, **source: Any) -> dict[str, Any]:
         "layout": layout,
         "dtype": plan.dtype,
     }
-
-
-def _filled(
-    model: PreTrainedModel,
-    plan: Plan,
-    shard: Sequence[Piece],
-    layout: Layout,
-    drop_page_cache: bool,
-    reading: Callable[[int], None],
-) -> dict[str, Tensor]:
-    """Read and quantize one shard; gives what is to be written."""
-    outputs = [output for piece in shard for output in piece.outputs]
-    names = {output.name for output in outputs}
-    placer = Placer(model, dataclasses.replace(plan, tensors=tuple(t for t in plan.tensors if t.name in names)))
-    passed = _Passed([output for output in outputs if not output.name])
-
-    def place(chunk: Chunk, tensors: list[Tensor]) -> None:
-        (passed if chunk.fill.targets[0] in passed.tensors else placer).place(chunk, tensors)
-
-    fills = tuple(sorted((fill for piece in shard for fill in piece.fills), key=_file_order))
-    with Stream(fills, place, worker_count(fills), drop_page_cache, None, CACHED_BYTES) as stream:
-        for done in stream:
-            reading(done)
-    made: list[dict[str, Tensor]] = []
-    for output in outputs:
-        left = placer.rows_left(output.name) if output.name else passed.rows_left(output.key)
-        if left:
-            raise IncompleteCheckpoint(f"{plan.model_id}: {left} rows of {output.key!r} were never filled.")
-        if output.name:
-            made.append(output_tensors(layout, output, model.get_submodule(output.name.rpartition(".")[0])))
-        else:
-            made.append({output.key: passed.tensors[output.key]})
-    tensors = [item for piece in by_stack(outputs, made) for item in piece]
-    assert len(dict(tensors)) == len(tensors), "two tensors of one name"
-    return dict(tensors)
-
-
-def _file_order(fill: Fill) -> tuple[str, int]:
-    return str(fill.sources[0].path), fill.sources[0].offset
-
-
-class _Passed:
-    """Stored tensors that go from file to file, cast to the dtype of the model."""
-
-    def __init__(self, outputs: Sequence[Output]) -> None:
-        self.tensors = {output.key: torch.empty(output.shape, dtype=getattr(torch, output.dtype)) for output in outputs}
-        self._rows = {output.key: row_count(output.shape) for output in outputs}
-
-    def place(self, chunk: Chunk, tensors: list[Tensor]) -> None:
-        info, values = chunk.fill.sources[0], tensors[0]
-        whole = self.tensors[info.name]
-        rows = whole.view(-1, whole.shape[-1]) if whole.dim() > 1 else whole.reshape(-1)
-        try:
-            if values.is_floating_point():
-                require_finite(values)
-        except NonFiniteError:
-            raise CorruptCheckpoint(
-                f"{info.path.name}: tensor {info.name!r} holds a NaN or an infinity in rows {chunk.start} to {chunk.stop}.",
-                hint="The file is damaged; download it again, e.g. with `hf download --force-download`.",
-            ) from None
-        rows[chunk.start : chunk.stop].copy_(values.reshape(rows[chunk.start : chunk.stop].shape))
-        self._rows[info.name] -= chunk.stop - chunk.start
-
-    def rows_left(self, key: str) -> int:
-        return self._rows[key]
-
-
-def _empty(model: nn.Module, shard: Sequence[Piece]) -> None:
-    """Take the storage of what has been written away."""
-    for name in {output.name for piece in shard for output in piece.outputs if output.name}:
-        path, _, leaf = name.rpartition(".")
-        owner: Any = model.get_submodule(path)
-        packed = owner._modules.get(leaf, owner)
-        keys = list(packed.storage) if hasattr(packed, "storage") else [leaf]
-        for key in keys:
-            held = getattr(packed, key)
-            empty = torch.empty_like(held, device="meta")
-            setattr(packed, key, nn.Parameter(empty, requires_grad=False) if isinstance(held, nn.Parameter) else empty)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlazy.calibrating.calibration import Calibrated
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UsageError
 from qlazy.saving.durable import hash_file
 from qlazy.saving.folder import LAST, MANIFEST
@@ -31,12 +32,17 @@ class SaveReport:
     """Of these, files that an earlier attempt had completed."""
     seconds: float
     """How long it took."""
+    calibrated: Calibrated | None = None
+    """What was calibrated, where something was."""
 
     def __str__(self) -> str:
-        """One line, as a person reads it."""
+        """One line, as a person reads it; more of what was calibrated."""
         files = f"{self.shards} file{'s' if self.shards != 1 else ''}"
         resumed = f", {self.shards_resumed} of them by an earlier attempt" if self.shards_resumed else ""
-        return f"{self.folder}: {format_bytes(self.nbytes)} in {files}{resumed}, {self.layout}, {self.seconds:.1f} s"
+        calibrated = f"\n{self.calibrated}" if self.calibrated is not None else ""
+        return (
+            f"{self.folder}: {format_bytes(self.nbytes)} in {files}{resumed}, {self.layout}, {self.seconds:.1f} s{calibrated}"
+        )
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

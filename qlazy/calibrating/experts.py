@@ -1,0 +1,110 @@
+"""Fused experts, one after the other: each by the tokens that are sent to it, its second product by what the first gives.
+
+What the experts take in is kept in a temporary file, so that no more than one expert's curvature is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from qlazy.calibrating.rounding import curvature_of, round_layer
+from qlazy.calibrating.spilled import spilled
+from qlazy.calibrating.stages import ROWS
+from qlazy.layers.packed_stack import PackedStack
+
+_NEEDED = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+
+
+def reason_not(experts: nn.Module) -> str:
+    """Why fused experts cannot be calibrated.
+
+    Args:
+        experts: The module that holds them, in 16 bits.
+    Returns:
+        The reason; empty where they can: those of transformers' experts interface.
+    """
+    known = all(hasattr(experts, name) for name in _NEEDED) and (experts.has_gate or hasattr(experts, "act_fn"))
+    return "" if known else f"{type(experts).__name__} does not say how its experts compute"
+
+
+def round_experts(
+    experts: nn.Module,
+    packed: Mapping[str, PackedStack],
+    calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    tokens: int,
+) -> int:
+    """Quantize all experts of a module, and put what they have become in the place of what they were.
+
+    Args:
+        experts: The module, in 16 bits, of transformers' experts interface.
+        packed: Where its weights go, by the names of its parameters.
+        calls: What it is called with, batch by batch.
+        tokens: In all of these.
+    Returns:
+        Experts that no token came to.
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
+
+    Memory: what is in a temporary file aside, as `curvature_of` and `round_layer`, and `ROWS` tokens.
+    """
+    module: Any = experts
+    states, chosen = _kept(calls, tokens)
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    count, unseen = len(getattr(experts, first)), 0
+    for number in range(count):
+        rows = (chosen == number).any(1).nonzero().squeeze(1)
+        unseen += not len(rows)
+        _round(experts, packed, first, number, _parts(states, rows))
+        up, bias = _matrix(experts, first, number), _bias(experts, first, number)
+        inner = (_activated(module, linear(x, up, bias)) for x in _parts(states, rows))
+        _round(experts, packed, "down_proj", number, inner)
+    return unseen
+
+
+def _round(experts: nn.Module, packed: Mapping[str, PackedStack], name: str, number: int, inputs: Iterable[Tensor]) -> None:
+    if name not in packed:
+        return
+    matrix, layer = _matrix(experts, name, number), packed[name].layer(number)
+    curvature = curvature_of(layer.in_features, inputs)
+    matrix.copy_(round_layer(layer, matrix, curvature))
+
+
+def _kept(calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]], tokens: int) -> tuple[Tensor, Tensor]:
+    """What all tokens bring, and the experts that they go to."""
+    states, chosen, done = torch.empty(0), torch.empty(0), 0
+    for args, kwargs in calls:
+        hidden, index = [*args, *kwargs.values()][:2]
+        if not done:
+            states = spilled((tokens, hidden.shape[-1]), hidden.dtype)
+            chosen = torch.empty((tokens, index.shape[-1]), dtype=index.dtype)
+        states[done : done + len(hidden)].copy_(hidden)
+        chosen[done : done + len(hidden)].copy_(index)
+        done += len(hidden)
+    assert done == tokens, f"experts were called with {done} of {tokens} tokens"
+    return states, chosen
+
+
+def _parts(states: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    for part in rows.split(ROWS):
+        if len(part):
+            yield states[part]
+
+
+def _matrix(experts: nn.Module, name: str, number: int) -> Tensor:
+    """(N, K) of one expert, a view."""
+    matrix: Tensor = getattr(experts, name).data[number]
+    return matrix.t() if experts.is_transposed else matrix
+
+
+def _bias(experts: nn.Module, name: str, number: int) -> Tensor | None:
+    return getattr(experts, f"{name}_bias").data[number] if experts.has_bias else None
+
+
+def _activated(module: Any, y: Tensor) -> Tensor:
+    made: Tensor = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    return made

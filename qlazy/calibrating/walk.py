@@ -1,0 +1,274 @@
+"""The story of a calibration: a text goes through a model, and each block is quantized before the text goes on.
+
+1. embed     what goes into the first block, of all sequences, in a temporary file
+2. fill      one block in 16 bits, through the ring of a load
+3. round     its layers in the order in which they run: each by what it takes in now that those before it are rounded
+4. run       what goes into the next block; the block is emptied
+
+Only one block is ever there in 16 bits, and what is quantized goes to the disk with its shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlazy.calibrating.blocks import Call, embed, find_decoder, run_block
+from qlazy.calibrating.calibration import Calibrated
+from qlazy.calibrating.experts import reason_not, round_experts
+from qlazy.calibrating.rounding import curvature_of, round_layer, round_stack, weight_of
+from qlazy.calibrating.stages import find_stages, inputs_of
+from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
+from qlazy.formats import Codebook4
+from qlazy.layers.packed_stack import PackedStack
+from qlazy.layers.quant_linear import NonFiniteError, QuantLinear
+from qlazy.match import Match, match_tensors
+from qlazy.matching.fill import Fill
+from qlazy.memory import trim_heap
+from qlazy.place import Placer, empty
+from qlazy.placeholder import build_placeholder
+from qlazy.planning.plan import Plan, make_plan
+from qlazy.planning.recipe import make_recipe
+from qlazy.quantizing.curvature import Curvature
+from qlazy.reading.chunks import CACHED_BYTES, worker_count
+from qlazy.sources.source import Source
+from qlazy.stream import Stream
+from qlazy.swap import swap_layers
+
+TOKENS = 4096
+"""Tokens that go through a block at a time."""
+
+
+def require_integers(plan: Plan) -> None:
+    """Refuse to calibrate what has no room for it.
+
+    Args:
+        plan: What will be written.
+    Raises:
+        UsageError: a weight has the format of a codebook.
+    """
+    found = next((t.format for t in plan.tensors if isinstance(t.format, Codebook4)), None)
+    if found is not None:
+        raise UsageError(
+            f"{found.name} is bitsandbytes' own rounding, which is not calibrated.",
+            hint="Use --format int4 or int8, or leave --calibrate out.",
+        )
+
+
+class Walk:
+    """A text on its way through a model.
+
+    Args:
+        model: A placeholder, its layers swapped: what is quantized goes there.
+        plan: The exact plan.
+        match: What fills it.
+        source: Where it comes from.
+        tokens: int64 (S, L), the text.
+        trust_remote_code: Run Python code from the model's folder.
+        drop_page_cache: Give the file pages that reading brings in back to the kernel.
+
+    Memory: names and shapes; what each method says.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        match: Match,
+        source: Source,
+        tokens: Tensor,
+        *,
+        trust_remote_code: bool = False,
+        drop_page_cache: bool = True,
+    ) -> None:
+        self.decoder = find_decoder(model)
+        self.model, self.plan, self.match, self.tokens = model, plan, match, tokens
+        self.batch = max(size for size in range(1, max(1, TOKENS // tokens.shape[1]) + 1) if len(tokens) % size == 0)
+        self._packed = {tensor.name for tensor in plan.tensors if tensor.format is not None}
+        self.done = Calibrated(sequences=tokens.shape[0], tokens=tokens.shape[1], plain=self._outside())
+        self._drop_page_cache = drop_page_cache
+        # The same model once more, whose layers stay what they are.
+        self._plain = build_placeholder(source, getattr(torch, plan.dtype), trust_remote_code=trust_remote_code)
+        self._plain_match = match_tensors(self._plain, source)
+        whole = make_plan(source, make_recipe(modules_to_not_convert=["*"]), plan.budget, dtype=plan.dtype)
+        self._plain_plan = swap_layers(self._plain, whole, self._plain_match, source)
+        joined = [fill for fill in self._plain_match.fills if 0 < len(self._packed & {*fill.targets}) < len({*fill.targets})]
+        if joined:
+            raise UnsupportedModel(
+                f"{joined[0].sources[0].name!r} holds {joined[0].targets[0]!r} and others, of which some stay in {plan.dtype}.",
+                hint="Leave --calibrate out, or quantize all of them.",
+            )
+        self._calls: list[Call] = []
+        self.hidden = torch.empty(0)
+        """(S, L, K), what goes into the next block."""
+        self.next = 0
+        """The next block."""
+
+    def packed_in(self, number: int) -> set[str]:
+        """Names of the weights of a block that are quantized.
+
+        Args:
+            number: Which block.
+        Returns:
+            Names in the model.
+        """
+        return {name for name in self._packed if self.decoder.number_of(name) == number}
+
+    def begin(self, hidden: Tensor | None = None, at: int = 0) -> None:
+        """Embed the text; or go on with what goes into a later block.
+
+        Args:
+            hidden: (S, L, K), what goes into block `at`, where that is known.
+            at: Which.
+
+        Memory: what the decoder holds beside its blocks, and activations of one batch.
+        """
+        names = self._beside()
+        _fill(self.model, self.plan, self.match.fills, names, self._drop_page_cache)
+        tied = _tie(self.model)
+        blocks = [self.decoder.block(self.model, number) for number in range(self.decoder.count)]
+        tokens = self.tokens if hidden is None else self.tokens[: 2 * self.batch]
+        made, self._calls = embed(self.decoder.module(self.model), blocks, tokens, self.batch)
+        empty(self.model, [*names, *tied])
+        trim_heap()
+        self.hidden, self.next = (made if hidden is None else hidden), at
+
+    def step(self, reading: Callable[[int], None] | None = None) -> None:
+        """Quantize the next block into the model's storage, and run it.
+
+        Args:
+            reading: Called with the bytes of the block that are read.
+        Raises:
+            CorruptCheckpoint: a weight is NaN or infinite.
+
+        Memory: the block in 16 bits and in low bits, the curvature of one layer (`curvature_of`), activations of one batch
+        and the ring of a load.
+        """
+        number, call = self.next, self._calls[self.next]
+        names = [t.name for t in self._plain_plan.tensors if self.decoder.number_of(t.name) == number]
+        _fill(self._plain, self._plain_plan, self._plain_match.fills, names, self._drop_page_cache, reading)
+        block = self.decoder.block(self._plain, number)
+        self._round_block(number, block, call)
+        for part in self.hidden.split(self.batch):
+            part.copy_(run_block(block, call, part))
+        empty(self._plain, names)
+        trim_heap()
+        self.done.blocks += 1
+        self.next = number + 1
+
+    def _round_block(self, number: int, block: nn.Module, call: Call) -> None:
+        prefix = f"{self.decoder.list_path}.{number}."
+        layers: dict[str, QuantLinear] = {}
+        stacks: dict[str, dict[str, PackedStack]] = {}
+        for name in sorted(self.packed_in(number)):
+            path, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(path)
+            held = owner if isinstance(owner, QuantLinear) else owner._modules[leaf]
+            assert isinstance(held, QuantLinear | PackedStack)
+            held.allocate("cpu")
+            path = path.removeprefix(prefix)
+            if isinstance(held, QuantLinear):
+                layers[path] = held
+            else:
+                stacks.setdefault(path, {})[leaf] = held
+        left = {path: reason for path in stacks if (reason := reason_not(block.get_submodule(path)))}
+        experts = [path for path in stacks if path not in left]
+        stages, unseen = find_stages(block, [*layers, *experts], experts, call, self.hidden[: self.batch])
+        for stage in stages:
+            path = stage.names[0]
+            inputs = inputs_of(block, path, call, self.hidden, self.batch)
+            if path in experts:
+                with _naming(f"{prefix}{path}"):
+                    missed = round_experts(block.get_submodule(path), stacks[path], inputs, self.tokens.numel())
+                if missed:
+                    self.done.plain[f"{prefix}{path}"] = f"no token came to {missed} of the experts"
+                self.done.weights += sum(math.prod(stack.stack.shape) for stack in stacks[path].values())
+                continue
+            curvature = curvature_of(layers[path].in_features, (args[0] for args, _ in inputs))
+            for path in stage.names:
+                self._round_layer(f"{prefix}{path}", block.get_submodule(path), layers[path], curvature)
+        for path, reason in (left | unseen).items():
+            self.done.plain[f"{prefix}{path}"] = reason
+            if path in layers:
+                self._round_layer(f"{prefix}{path}", block.get_submodule(path), layers[path], None)
+            for leaf, stack in stacks.get(path, {}).items():
+                with _naming(f"{prefix}{path}.{leaf}"):
+                    round_stack(stack, block.get_submodule(path).get_parameter(leaf))
+
+    def _round_layer(self, name: str, linear: nn.Module, layer: QuantLinear, curvature: Curvature | None) -> None:
+        weight = weight_of(linear)
+        with _naming(name):
+            weight.copy_(round_layer(layer, weight, curvature))
+        if curvature is not None:
+            self.done.weights += weight.numel()
+
+    def _beside(self) -> list[str]:
+        """What the decoder holds beside its blocks; a table under the name under which it is filled."""
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
+        groups = [{target, origin} for target, origin in tied.items()]
+        wanted = {name for group in groups if any(map(self.decoder.is_beside, group)) for name in group}
+        names = [tensor.name for tensor in self.plan.tensors]
+        return [name for name in names if self.decoder.is_beside(name) or name in wanted]
+
+    def _outside(self) -> dict[str, str]:
+        """Quantized weights that are in no block."""
+        return {name: "in no block" for name in sorted(self._packed) if self.decoder.number_of(name) is None}
+
+
+def _tie(model: nn.Module) -> list[str]:
+    """Give what is tied to a filled parameter that parameter; its names."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    done = []
+    for pair in tied.items():
+        for name, other in (pair, pair[::-1]):
+            if name in parameters and other in parameters and parameters[name].is_meta and not parameters[other].is_meta:
+                path, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(path), leaf, parameters[other])
+                done.append(name)
+    return done
+
+
+def _fill(
+    model: PreTrainedModel,
+    plan: Plan,
+    fills: Iterable[Fill],
+    names: Collection[str],
+    drop_page_cache: bool,
+    reading: Callable[[int], None] | None = None,
+) -> None:
+    """Read some tensors of a model, and what is stored together with them."""
+    wanted = tuple(fill for fill in fills if not set(names).isdisjoint(fill.targets))
+    filled = {target for fill in wanted for target in fill.targets}
+    placer = Placer(model, dataclasses.replace(plan, tensors=tuple(t for t in plan.tensors if t.name in filled)))
+    with Stream(wanted, placer.place, worker_count(wanted), drop_page_cache, None, CACHED_BYTES) as stream:
+        for done in stream:
+            if reading is not None:
+                reading(done)
+    for name in names:
+        if (
+            name not in filled
+            and model.get_submodule(name.rpartition(".")[0])._parameters.get(name.rpartition(".")[2]) is not None
+        ):
+            raise IncompleteCheckpoint(f"{plan.model_id}: {name!r} is in no file.", hint="Leave --calibrate out.")
+    for name in filled:
+        if left := placer.rows_left(name):
+            raise IncompleteCheckpoint(f"{plan.model_id}: {left} rows of {name!r} were never filled.")
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Name the weight that is not finite."""
+    try:
+        yield
+    except NonFiniteError:
+        raise CorruptCheckpoint(
+            f"{name!r} holds a NaN or an infinity, or what goes into it does.",
+            hint="Download the model again, or try --dtype float32.",
+        ) from None

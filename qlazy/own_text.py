@@ -1,0 +1,103 @@
+"""The text that a model is calibrated on, as tokens: a file's, or what the model itself writes when it is loaded in 8 bits."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from qlazy.calibrating.calibration import Calibration
+from qlazy.calibrating.tokens import sample_tokens, text_tokens
+from qlazy.errors import DoesNotFit, UnsupportedModel
+from qlazy.load import load
+from qlazy.memory import anonymous_bytes, trim_heap
+from qlazy.planning.budget import make_budget
+from qlazy.planning.demand import kv_cache_bytes
+from qlazy.planning.recipe import make_recipe
+from qlazy.report import Progress
+from qlazy.sources.source import Source
+
+CACHE_BYTES = 1 << 30
+"""Keys and values of the sequences that are written side by side."""
+
+
+def tokens_for(
+    source: Source,
+    calibration: Calibration,
+    *,
+    trust_remote_code: bool = False,
+    drop_page_cache: bool = True,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Tensor:
+    """The tokens that a model is calibrated on.
+
+    Args:
+        source: An opened local source.
+        calibration: Which text, and how much of it.
+        trust_remote_code: Run Python code from the model's folder.
+        drop_page_cache: Give the file pages that the load brings in back to the kernel.
+        on_progress: Called now and then; the bytes of its stage `write` are those of token ids.
+    Returns:
+        int64 (sequences, length).
+    Raises:
+        UsageError: the file cannot be read, or is too short.
+        UnsupportedModel: there is no tokenizer for the file, or the model does not predict tokens.
+        DoesNotFit: the model does not fit in 4 bits.
+
+    Memory: of a file, its text; else the model in 8 bits, or in 4 where these do not fit, and a gibibyte of keys and values.
+    """
+    text = calibration.text()
+    if text is not None:
+        return text_tokens(_tokenizer(source), text, calibration)
+    length, total = calibration.sequence_length, calibration.samples * calibration.sequence_length * 8
+    per_sequence = max(1, kv_cache_bytes(source.config, length, "float32" if source.kind == "gguf" else "bfloat16"))
+    batch = max(1, min(calibration.samples, CACHE_BYTES // per_sequence))
+    model = None
+    for bits in (8, 4):
+        budget = make_budget(max_model_len=batch * length)
+        try:
+            model = load(
+                source,
+                make_recipe(bits=bits, head_bits=8, embedding_bits=8),
+                budget,
+                trust_remote_code=trust_remote_code,
+                drop_page_cache=drop_page_cache,
+                on_progress=on_progress,
+            )
+            break
+        except DoesNotFit as error:
+            if bits == 4:
+                raise DoesNotFit(
+                    f"The model cannot write the text that it is calibrated on: {error.message}",
+                    hint="Give a text: --calibration-file.",
+                    needed_bytes=error.needed_bytes,
+                    free_bytes=error.free_bytes,
+                ) from None
+    assert model is not None
+
+    def written(tokens: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress(stage="write", done_bytes=8 * tokens, total_bytes=total, host_bytes=anonymous_bytes()))
+
+    try:
+        return sample_tokens(model, calibration, batch=batch, on_tokens=written)
+    finally:
+        del model
+        gc.collect()
+        trim_heap()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _tokenizer(source: Source) -> object:
+    within = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **within)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UnsupportedModel(
+            f"{source.folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
+            hint="Copy the tokenizer's files beside the weights, or leave --calibration-file out.",
+        ) from error
