@@ -33,6 +33,8 @@ def plan(
     embedding_bits: int = 16,
     module_bits: Mapping[str, int | str] | None = None,
     modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
+    target_size: str | int | None = None,
+    target_bpw: float | None = None,
     device_map: str | Mapping[str, str] = "auto",
     max_memory: Mapping[str | int, str | int] | None = None,
     reserve: str | int | None = None,
@@ -54,8 +56,11 @@ def plan(
         double_quant: NF4 and FP4 with absmax in 8 bits.
         head_bits: Bits of an output head that is not tied to the embedding: 8, 4, or 16 to keep it.
         embedding_bits: Bits of token embeddings, and of output heads tied to them: 16 keeps them, or 8, or 4.
-        module_bits: Bits by name or glob of modules, e.g. `{"down_proj": 8}`: 4, 8, 16, or the name of a format.
+        module_bits: Bits by name or glob of modules, e.g. `{"down_proj": 8}`: 4, 8, 16, or a format such as `int4-g64`.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
+        target_size: Size of all weights, e.g. `5GiB`: formats of int4 and int8 are chosen layer by layer, by what they cost
+            layers of their kind; a load measures it. In place of `bits`, `format` and `group_size`.
+        target_bpw: The same by bits per quantized weight, e.g. 4.3.
         device_map: `auto`, `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
         max_memory: Bytes or sizes by device.
         reserve: Bytes or size to keep free on each device.
@@ -83,6 +88,8 @@ def plan(
         embedding_bits=embedding_bits,
         module_bits=module_bits,
         modules_to_not_convert=modules_to_not_convert,
+        target_size=target_size,
+        target_bpw=target_bpw,
     )
     source = open_source(
         model_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, headers_only=True
@@ -103,6 +110,8 @@ def load_quantized(
     embedding_bits: int = 16,
     module_bits: Mapping[str, int | str] | None = None,
     modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
+    target_size: str | int | None = None,
+    target_bpw: float | None = None,
     device_map: str | Mapping[str, str] = "auto",
     max_memory: Mapping[str | int, str | int] | None = None,
     reserve: str | int | None = None,
@@ -137,8 +146,11 @@ def load_quantized(
         double_quant: NF4 and FP4 with absmax in 8 bits.
         head_bits: Bits of an output head that is not tied to the embedding: 8, 4, or 16 to keep it.
         embedding_bits: Bits of token embeddings, and of output heads tied to them: 16 keeps them, or 8, or 4.
-        module_bits: Bits by name or glob of modules, e.g. `{"down_proj": 8}`: 4, 8, 16, or the name of a format.
+        module_bits: Bits by name or glob of modules, e.g. `{"down_proj": 8}`: 4, 8, 16, or a format such as `int4-g64`.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
+        target_size: Size of all weights, e.g. `5GiB`: formats of int4 and int8 are chosen layer by layer, by what they cost the
+            layer's weights and how much the layer matters (`docs/quality.md`); in place of `bits`, `format` and `group_size`.
+        target_bpw: The same by bits per quantized weight, e.g. 4.3.
         device_map: `auto`, `cpu`, `cuda`, `cuda:N`, or a map from module prefix to device.
         max_memory: Bytes or sizes by device.
         reserve: Bytes or size to keep free on each device.
@@ -181,6 +193,8 @@ def load_quantized(
         embedding_bits=embedding_bits,
         module_bits=module_bits,
         modules_to_not_convert=modules_to_not_convert,
+        target_size=target_size,
+        target_bpw=target_bpw,
     )
 
     def downloading(done: int, total: int) -> None:

@@ -104,7 +104,7 @@ class QlazyConfig(QuantizationConfigMixin):
         Returns:
             A config.
         """
-        chosen = recipe.format
+        chosen, listed = recipe.format, (*recipe.chosen, *recipe.modules)
         name = {"Int4": "int4", "Int8": "int8"}.get(type(chosen).__name__) or getattr(chosen, "kind", None)
         return cls(
             bits=chosen.bits,
@@ -114,7 +114,7 @@ class QlazyConfig(QuantizationConfigMixin):
             double_quant=getattr(chosen, "double_quant", True),
             head_bits=recipe.head.bits if recipe.head else 16,
             embedding_bits=recipe.embedding.bits if recipe.embedding else 16,
-            module_bits={pattern: _asked(fmt, chosen) for pattern, fmt in recipe.modules} or None,
+            module_bits={name.removesuffix(".weight"): _asked(fmt, chosen) for name, fmt in listed} or None,
             modules_to_not_convert=list(recipe.modules_to_not_convert) or None,
         )
 
@@ -123,4 +123,4 @@ def _asked(fmt: Format | None, chosen: Format) -> int | str:
     """What `module_bits` says for a format."""
     if fmt is None or fmt == chosen:
         return fmt.bits if fmt else 16
-    return fmt.kind if isinstance(fmt, Codebook4) else type(fmt).__name__.lower()
+    return fmt.kind if isinstance(fmt, Codebook4) else fmt.name

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,7 @@ from qlazy.reopening.reopen import reopen
 from qlazy.report import LoadReport, Progress
 from qlazy.saving.cache import cached
 from qlazy.saving.saved import verify as verify_folder
+from qlazy.sensitivity import measured
 from qlazy.sources.source import Source
 from qlazy.stream import Stream
 from qlazy.swap import swap_layers
@@ -133,9 +135,15 @@ def load(
             open_gpus(gpus)
             meter.restart()
         clock.lap("plan")
-        with taken_ahead(plan):
+        # What a target makes of the layers is known only when they have been looked at.
+        with taken_ahead(plan) if recipe.target is None else contextlib.nullcontext():
             model = build_placeholder(source, getattr(torch, plan.dtype), **construct)
             match = match_tensors(model, source, strict=strict) if reference is None else match_drawn(model, source, reference)
+            if recipe.target is not None and reference is None:
+                clock.lap("build")
+                recipe = measured(model, recipe, plan.dtype, match, drop_page_cache=drop_page_cache)
+                plan = dataclasses.replace(plan, recipe=recipe)
+                clock.lap("measure")
             plan = swap_layers(model, plan, match, source)
             clock.lap("build")
             placer = Placer(model, plan)
@@ -201,7 +209,7 @@ class _Clock:
         if self._trace is not None:
             self._trace.add(stage, self._last)
         now = time.perf_counter()
-        self.seconds[stage] = now - self._last
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self.seconds["total"] = now - self._start
         self._last = now
 

@@ -34,6 +34,8 @@ def save_quantized(
     embedding_bits: int = 16,
     module_bits: Mapping[str, int | str] | None = None,
     modules_to_not_convert: list[str] | tuple[str, ...] | None = None,
+    target_size: str | int | None = None,
+    target_bpw: float | None = None,
     dtype: str = "auto",
     max_shard_size: str | int = "512MiB",
     force: bool = False,
@@ -66,6 +68,8 @@ def save_quantized(
         embedding_bits: Bits of token embeddings, and of output heads tied to them: 16 keeps them, or 8, or 4.
         module_bits: Bits by name or glob of modules.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults; under `bitsandbytes` experts are too.
+        target_size: Size of all weights, e.g. `5GiB`: formats are chosen layer by layer, as in `load_quantized`.
+        target_bpw: The same by bits per quantized weight, e.g. 4.3.
         dtype: `auto` or a torch dtype name, for what is not quantized.
         max_shard_size: Bytes or size of a file.
         force: Replace a folder that holds something.
@@ -110,6 +114,8 @@ def save_quantized(
         embedding_bits=embedding_bits,
         module_bits=module_bits,
         modules_to_not_convert=modules_to_not_convert,
+        target_size=target_size,
+        target_bpw=target_bpw,
     )
 
     def downloading(done: int, total: int) -> None:

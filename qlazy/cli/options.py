@@ -64,9 +64,17 @@ class Options:
         list[str] | None,
         typer.Option(
             metavar="NAME=BITS",
-            help="Bits of modules by name or glob, e.g. down_proj=8: 4, 8, 16 or a format; repeatable.",
+            help="Bits of modules by name or glob, e.g. down_proj=8: 4, 8, 16 or a format such as int4-g64; repeatable.",
             rich_help_panel=_WHAT,
         ),
+    ] = None
+    target_size: Annotated[
+        str | None,
+        typer.Option(help="Size of all weights, e.g. 5GiB: bits and groups by layer, as they matter.", rich_help_panel=_WHAT),
+    ] = None
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(help="The same by bits per quantized weight, scales included, e.g. 4.3.", rich_help_panel=_WHAT),
     ] = None
     modules_to_not_convert: Annotated[
         list[str] | None,

@@ -18,6 +18,8 @@ RECIPE_FIELDS = (
     "embedding_bits",
     "module_bits",
     "modules_to_not_convert",
+    "target_size",
+    "target_bpw",
 )
 """What a recipe says, in a file, on the command line and in Python."""
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from qlazy.formats import Format
+from qlazy.formats import ITEMSIZE, Format, packed_nbytes
 from qlazy.planning.budget import Budget
 from qlazy.planning.recipe import Kind, Recipe
 
@@ -26,6 +26,25 @@ class Entry:
     """What it is to the recipe."""
     source_nbytes: int
     """Bytes that are read for it."""
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the weight, or of each of its experts; zeros where it is neither."""
+        is_matrix = len(self.shape) == 2 or self.kind == "experts"
+        return (self.shape[-2], self.shape[-1]) if is_matrix else (0, 0)
+
+    def stored_bytes(self, fmt: Format | None, dtype: str) -> int:
+        """Bytes that it takes.
+
+        Args:
+            fmt: Format of its matrices, or None.
+            dtype: Dtype of scales.
+        Returns:
+            Bytes, scales and zeros included.
+        """
+        if fmt is None:
+            return math.prod(self.shape) * ITEMSIZE.get(self.dtype, 1)
+        return math.prod(self.shape[:-2]) * packed_nbytes(fmt, *self.matrix, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def keep(source: Source, recipe: Recipe | None = None) -> KeptRecipe | None:
     if recipe is not None and recipe != Recipe():
         as_stored = recipe.format == most and recipe.head in (Recipe().head, head)
         as_stored = as_stored and (recipe.embedding is None or recipe.embedding in kept.values())
-        if not as_stored or recipe.modules or recipe.modules_to_not_convert:
+        if not as_stored or recipe.target or recipe.modules or recipe.modules_to_not_convert:
             return None
     return KeptRecipe(format=most, head=head, formats=kept)
 

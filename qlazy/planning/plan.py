@@ -7,11 +7,11 @@ answer is the larger one), and once more by `swap_layers` from the model itself,
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 
 from qlazy.errors import DoesNotFit
-from qlazy.formats import ITEMSIZE, Int4, packed_nbytes
+from qlazy.formats import Int4
+from qlazy.planning.aim import aim
 from qlazy.planning.budget import Budget
 from qlazy.planning.data import DevicePlan, Entry, Plan, TensorPlan, to_json
 from qlazy.planning.demand import activation_bytes, layer_kv_bytes
@@ -115,11 +115,13 @@ def allocate(
         extra_bytes: Host memory that the load needs beside the ring, for tensors that must be converted as a whole; by default
             what the headers tell of it.
     Returns:
-        The plan.
+        The plan; its recipe names the formats that were chosen for a target.
     Raises:
+        DoesNotFit: no formats are small enough for the recipe's target.
         UsageError: a device map that leaves a tensor out.
     """
     tensors = list(tensors)
+    recipe = aim(tensors, recipe, dtype)
     blocks = sorted({block_of(t.name) for t in tensors} - {""})
     kv = kv_by_block(blocks, layer_kv_bytes(source.config, budget.max_model_len, dtype))
     active = activation_bytes(source.config, budget.max_model_len, dtype)
@@ -190,12 +192,7 @@ def require_fit(plan: Plan, source: Source) -> None:
 
 
 def _plan_tensor(entry: Entry, recipe: Recipe, dtype: str, device: str) -> TensorPlan:
-    *experts, rows, columns = entry.shape if len(entry.shape) == 2 or entry.kind == "experts" else (0, 0)
-    fmt, reason = recipe.format_for(entry.kind, entry.name, rows, columns)
-    if fmt is None:
-        nbytes = math.prod(entry.shape) * ITEMSIZE.get(entry.dtype, 1)
-    else:
-        nbytes = math.prod(experts) * packed_nbytes(fmt, rows, columns, dtype)
+    fmt, reason = recipe.format_for(entry.kind, entry.name, *entry.matrix)
     return TensorPlan(
         name=entry.name,
         shape=entry.shape,
@@ -204,7 +201,7 @@ def _plan_tensor(entry: Entry, recipe: Recipe, dtype: str, device: str) -> Tenso
         dtype=entry.dtype,
         reason=reason,
         device=device,
-        nbytes=nbytes,
+        nbytes=entry.stored_bytes(fmt, dtype),
         source_nbytes=entry.source_nbytes,
     )
 

@@ -6,6 +6,7 @@ The same rules serve the plan, which knows only names and shapes, and the swap, 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Literal
 
 from qlazy.errors import UsageError
 from qlazy.formats import Codebook4, Format, Int4, Int8
+from qlazy.planning.target import Target, make_target
 
 Kind = Literal[
     "linear", "experts", "head", "embedding", "tied", "positions", "shared", "read", "task", "router", "listed", "other"
@@ -53,6 +55,8 @@ _KEPT = dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), re.compile(r"\
 """Linear layers that a family's class keeps in float32 (`_keep_in_fp32_modules`), by model type."""
 _ROUTER = re.compile(r"^(gate|router|shared_expert_gate|ffn_gate_inp.*)$")
 _BLOCK = re.compile(r"(^|\.)\d+\.")
+_NAMED = re.compile(r"(int4|int8)-(?:channel|g(32|64|128))(-sym|-asym)?")
+"""Formats as they name themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,10 @@ class Recipe:
     """Names or globs of modules kept in the model's dtype, beside the defaults (embeddings, tied heads, routers); they win over
     all else. A name matches where it stands as whole dotted components: `mlp.down_proj` matches
     `model.layers.3.mlp.down_proj`. `lm_head` matches the output head, whatever the model or file calls it."""
+    target: Target | None = None
+    """How large the model may become; None = as large as the other fields make it."""
+    chosen: tuple[tuple[str, Format | None], ...] = ()
+    """Formats by name of a weight, as `qlazy.planning.aim` chose them for the target; `modules` wins over them."""
 
     def format_for(self, kind: Kind, name: str, rows: int, columns: int) -> tuple[Format | None, str]:
         """Format of a weight, or None, and the reason where it is not the recipe's own.
@@ -98,11 +106,17 @@ class Recipe:
         names = (name, "lm_head") if kind in ("head", "tied") else (name,)
         if any(matches(pattern, name) for pattern in self.modules_to_not_convert for name in names):
             return None, REASONS["listed"]
-        chosen, reason = own[kind], "" if kind in ("linear", "experts") else REASONS[kind]
+        chosen, reason = self._by_name.get(name, own[kind]), "" if kind in ("linear", "experts") else REASONS[kind]
+        if chosen is None and name in self._by_name:
+            reason = "the target has room for all of it"
         for pattern, fmt in self.modules:
             if any(matches(pattern, name) for name in names):
                 chosen, reason = fmt, f"listed in module_bits as {pattern!r}"
         return (chosen.for_columns(columns) if chosen else None), reason
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Format | None]:
+        return dict(self.chosen)
 
 
 def make_recipe(
@@ -116,6 +130,8 @@ def make_recipe(
     embedding_bits: int = 16,
     module_bits: Mapping[str, int | str] | None = None,
     modules_to_not_convert: tuple[str, ...] | list[str] | None = None,
+    target_size: str | int | None = None,
+    target_bpw: float | None = None,
 ) -> Recipe:
     """Make a recipe from the options of the command line and of `load_quantized`.
 
@@ -129,13 +145,17 @@ def make_recipe(
             16 keeps the model's dtype.
         embedding_bits: Of token embeddings, and of an output head tied to one: 16 keeps the model's dtype, 8 is int8 with one
             scale a row, 4 the default int4.
-        module_bits: Bits by name or glob of modules, `{"down_proj": 8, "layers.0.*": 16}`: 4, 8, 16, or the name of a format;
-            later ones win. 4 and 8 are `bits`' own format where it has as many, else the default of so many bits.
+        module_bits: Bits by name or glob of modules, `{"down_proj": 8, "layers.0.*": 16}`: 4, 8, 16, or the name of a format
+            such as `int4` or `int4-g64`; later ones win. 4 and 8 are `bits`' own format where it has as many, else the default
+            of so many bits.
         modules_to_not_convert: Modules kept in the model's dtype beside the defaults.
+        target_size: Bytes that the model may have in all, e.g. `5GiB`: formats of int4 and int8 are chosen layer by layer.
+        target_bpw: The same by bits per quantized weight.
     Returns:
         The recipe.
     Raises:
-        UsageError: bits, format or group size that does not exist, or an option that the format does not have.
+        UsageError: bits, format or group size that does not exist, or an option that the format does not have, or that has no
+            meaning beside a target.
     """
     if head_bits not in (4, 8, 16):
         raise UsageError(
@@ -159,6 +179,12 @@ def make_recipe(
         )
     if symmetric is not None and name != "int4":
         raise UsageError(f"symmetric belongs to int4; {name} is always symmetric.", hint="Leave it out.")
+    target = make_target(target_size, target_bpw)
+    if target is not None and (name != "int4" or group_size is not None):
+        raise UsageError(
+            "A target chooses among int4 and int8 and their groups by itself.",
+            hint="Leave --bits, --format and --group-size out, or --target-size and --target-bpw.",
+        )
     chosen: Format
     if name == "int4":
         chosen = Int4(group_size=group_size or 32, symmetric=bool(symmetric))
@@ -173,6 +199,7 @@ def make_recipe(
         embedding=plain[embedding_bits],
         modules=tuple((str(pattern), _format_of(pattern, asked, chosen)) for pattern, asked in (module_bits or {}).items()),
         modules_to_not_convert=tuple(modules_to_not_convert or ()),
+        target=target,
     )
 
 
@@ -187,12 +214,20 @@ def _format_of(pattern: str, asked: int | str, chosen: Format) -> Format | None:
         "nf4": Codebook4(kind="nf4"),
         "fp4": Codebook4(kind="fp4"),
     }
-    if str(asked) not in plain:
+    if str(asked) in plain:
+        return plain[str(asked)]
+    named = _NAMED.fullmatch(str(asked))
+    if named is None or (named[1] == "int8" and named[3]):
         raise UsageError(
-            f"module_bits has {asked!r} for {pattern!r}; it can be 4, 8, 16, int4, int8, nf4 or fp4.",
+            f"module_bits has {asked!r} for {pattern!r}; it can be 4, 8, 16, int4, int8, nf4, fp4, or a format with its group, "
+            "such as int4-g64, int4-g128-sym or int8-channel.",
             hint="Write --module-bits 'down_proj=8'.",
         )
-    return plain[str(asked)]
+    group_size = int(named[2] or -1)
+    if named[1] == "int8":
+        return Int8(group_size=group_size)
+    symmetric = named[3] == "-sym" if named[3] else isinstance(chosen, Int4) and chosen.symmetric
+    return Int4(group_size=group_size, symmetric=symmetric)
 
 
 def matches(pattern: str, name: str) -> bool:

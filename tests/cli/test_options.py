@@ -73,7 +73,9 @@ def test_options_are_those_of_load_quantized():
     everything = Options(bits=4, format="int4", group_size=64, symmetric=True, double_quant=True, head_bits=8)
     given = (
         everything.recipe_arguments()
-        | Options(modules_to_not_convert=["x"], embedding_bits=8, module_bits=["x=8"]).recipe_arguments()
+        | Options(
+            modules_to_not_convert=["x"], embedding_bits=8, module_bits=["x=8"], target_size="1GiB", target_bpw=4.3
+        ).recipe_arguments()
         | everything.budget_arguments()
         | everything.source_arguments()
     )

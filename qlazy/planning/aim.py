@@ -1,0 +1,176 @@
+"""Formats for every layer of a model that has a target, where they lose least. No torch here.
+
+What a format costs a layer is measured on its weights (`qlazy/sensitivity.py`), or where only headers are here taken to be what
+it costs a typical one. How much that matters is told by what the layer does, see `WEIGHTS`. Layers that serving engines merge
+into one share a format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+from qlazy.errors import DoesNotFit
+from qlazy.formats import Format, Int4, Int8
+from qlazy.planning.data import Entry
+from qlazy.planning.recipe import REASONS, Recipe
+from qlazy.planning.spend import Option, least_bytes, spend
+from qlazy.planning.target import Target
+from qlazy.sizes import format_bytes
+
+TYPICAL = {32: 6.1e-3, 64: 8.0e-3, 128: 9.9e-3, -1: 1.3e-2}
+"""Squared error of asymmetric int4 over squared weights, by columns that share a scale."""
+
+WITHOUT_ZEROS = 1.3
+"""How much more it is where it is symmetric."""
+
+TYPICAL_INT8 = 7.5e-5
+"""The same of int8."""
+
+_MERGED = (
+    (re.compile(r"(.*\bexperts)\b.*"), "experts"),
+    (re.compile(r"(.*)\.(?:[qkv]_proj|query|key|value|attn_[qkv]|w[qkv]|[qkv])\.weight"), "qkv"),
+    (re.compile(r"(.*)\.(?:gate_proj|up_proj|ffn_gate|ffn_up|w1|w3)\.weight"), "gate_up"),
+    (re.compile(r"(.*)\.(?:q_a_proj|kv_a_proj_with_mqa)\.weight"), "qkv_a"),
+    (re.compile(r"(.*)\.in_proj_\w+\.weight"), "in_proj"),
+)
+"""Layers that vLLM runs as one, and that share a format therefore."""
+
+
+def aim(tensors: Sequence[Entry], recipe: Recipe, dtype: str) -> Recipe:
+    """Choose the format of every layer so that the model meets the recipe's target.
+
+    Args:
+        tensors: What the model holds.
+        recipe: What it says of embeddings and of single modules stands; an output head gets its format at most.
+        dtype: Dtype of everything that is not quantized.
+    Returns:
+        The recipe with `chosen` filled in; the same arguments give the same. A recipe without a target as it is.
+    Raises:
+        DoesNotFit: nothing is as small as the target.
+    """
+    target = recipe.target
+    if target is None:
+        return recipe
+    recipe = dataclasses.replace(recipe, chosen=())
+    groups: dict[str, list[Entry]] = {}
+    rest = packed = weights = 0
+    for entry in tensors:
+        if is_free(entry, recipe):
+            groups.setdefault(merged(entry.name), []).append(entry)
+            weights += math.prod(entry.shape)
+            continue
+        fmt, _ = recipe.format_for(entry.kind, entry.name, *entry.matrix)
+        nbytes = entry.stored_bytes(fmt, dtype)
+        rest += nbytes
+        if fmt is not None:
+            packed, weights = packed + nbytes, weights + math.prod(entry.shape)
+    beside = packed if target.nbytes is None else rest
+    wanted = math.floor(target.bpw * weights / 8) if target.bpw is not None else target.nbytes
+    assert wanted is not None
+    formats = [formats_of(members[0], recipe) for members in groups.values()]
+    choices = [
+        [_option(members, fmt, target, dtype) for fmt in allowed]
+        for members, allowed in zip(groups.values(), formats, strict=True)
+    ]
+    least = least_bytes(choices) + beside
+    if least > wanted:
+        raise _too_small(target, recipe, least=least, wanted=wanted, weights=weights)
+    chosen: list[tuple[str, Format | None]] = []
+    for members, allowed, index in zip(groups.values(), formats, spend(choices, wanted - beside), strict=True):
+        chosen += [(entry.name, allowed[index]) for entry in members]
+    return dataclasses.replace(recipe, chosen=tuple(chosen))
+
+
+def is_free(entry: Entry, recipe: Recipe) -> bool:
+    """Whether a target chooses the format of a weight.
+
+    Args:
+        entry: Any tensor.
+        recipe: What is asked for.
+    Returns:
+        True for layers, experts and output heads that the recipe quantizes and `modules` does not name.
+    """
+    if entry.kind not in ("linear", "experts", "head"):
+        return False
+    fmt, reason = recipe.format_for(entry.kind, entry.name, *entry.matrix)
+    return fmt is not None and reason in ("", REASONS["head"])
+
+
+def formats_of(entry: Entry, recipe: Recipe) -> list[Format | None]:
+    """The formats that a weight may get.
+
+    Args:
+        entry: One that is free.
+        recipe: With a target.
+    Returns:
+        Int4 in groups of 128, 64 and 32 columns, int8, and for a target in bytes None, the model's dtype; of an output head
+        those with no more bits than the recipe gives it.
+    """
+    symmetric = isinstance(recipe.format, Int4) and recipe.format.symmetric
+    formats: list[Format | None] = [Int4(group_size=size, symmetric=symmetric) for size in (128, 64, 32)]
+    if entry.kind != "head" or recipe.head == Int8():
+        formats.append(Int8())
+    if recipe.target is not None and recipe.target.nbytes is not None and entry.kind != "head":
+        formats.append(None)
+    return formats
+
+
+def merged(name: str) -> str:
+    """What a weight shares its format with.
+
+    Args:
+        name: Its name.
+    Returns:
+        The same for all that are merged; of others the name.
+    """
+    for pattern, suffix in _MERGED:
+        if found := pattern.fullmatch(name):
+            return f"{found[1]}.{suffix}"
+    return name
+
+
+def _option(members: Sequence[Entry], fmt: Format | None, target: Target, dtype: str) -> Option:
+    """What a format takes and costs, summed over weights that share it."""
+    nbytes, loss = 0, 0.0
+    for entry in members:
+        own = None if fmt is None else fmt.for_columns(entry.matrix[1])
+        nbytes += entry.stored_bytes(own, dtype)
+        if own is not None:
+            measured = target.errors.get(entry.name, {})
+            loss += _weight(entry) * measured.get(own, _typical(own))
+    return Option(nbytes=nbytes, loss=loss)
+
+
+def _typical(fmt: Format) -> float:
+    if not isinstance(fmt, Int4):
+        return TYPICAL_INT8
+    return TYPICAL[fmt.group_size] * (WITHOUT_ZEROS if fmt.symmetric else 1)
+
+
+def _weight(entry: Entry) -> float:
+    return 1.0
+
+
+def _too_small(target: Target, recipe: Recipe, *, least: int, wanted: int, weights: int) -> DoesNotFit:
+    """The error that names the smallest target."""
+    if target.nbytes is None:
+        # Rounded up, so that what is named is enough.
+        smallest = math.ceil(8e4 * least / weights) / 1e4
+        return DoesNotFit(
+            f"The smallest formats take {smallest:g} bits per quantized weight, more than the {target.bpw:g} of the target.",
+            hint=f"Use --target-bpw {smallest:g} or more.",
+            needed_bytes=least,
+            free_bytes=wanted,
+        )
+    unit, scale = ("MiB", 1 << 20) if least >= 1 << 30 else ("KiB", 1 << 10)
+    smaller = "" if recipe.embedding == Int4() else ", or give embeddings fewer bits: --embedding-bits 4"
+    return DoesNotFit(
+        f"With the smallest formats the weights take {format_bytes(least, round_up=True)} ({least:,} bytes), more than the "
+        f"{format_bytes(wanted)} of the target.",
+        hint=f"Use --target-size {-(-least // scale)}{unit} or more{smaller}.",
+        needed_bytes=least,
+        free_bytes=wanted,
+    )

@@ -1,0 +1,87 @@
+"""Loads and saves that have a target: its formats are chosen by what they cost the stored weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import qlazy
+from qlazy.formats import Int4, Int8
+from qlazy.quantizing.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from tests.integration.conftest import inputs_of, stored
+
+
+def error_of(weight: Tensor, fmt: Int4 | Int8) -> float:
+    """Squared error over squared weights."""
+    weight = weight.float()
+    if isinstance(fmt, Int4):
+        packed = quantize_int4(weight, group_size=fmt.group_size, symmetric=fmt.symmetric, scale_dtype=torch.bfloat16)
+        values = dequantize_int4(*packed, torch.float32)
+    else:
+        values = dequantize_int8(*quantize_int8(weight, group_size=-1, scale_dtype=torch.bfloat16), torch.float32)
+    return float((values - weight).square().sum() / weight.square().sum())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "t5"])
+def test_a_load_meets_its_target_by_errors_that_are_those_of_the_stored_weights(checkpoint, name):
+    model = qlazy.load_quantized(checkpoint(name), device_map="cpu", target_bpw=5)
+    plan = model.qlazy_report.plan
+    assert 4.8 < plan.bits_per_weight() <= 5
+    chosen = {tensor.name: tensor for tensor in plan.tensors if tensor.format is not None}
+    assert {tensor.format.bits for tensor in chosen.values()} == {4, 8}
+    errors = plan.recipe.target.errors
+    assert set(errors) == {name for name, _ in plan.recipe.chosen}
+    weights = stored(checkpoint(name))
+    looked_at = 0
+    for key, weight in weights.items():
+        if key in errors:
+            values = weight.t() if name == "gpt2" else weight
+            assert errors[key] == pytest.approx({fmt: error_of(values, fmt) for fmt in errors[key]}, rel=1e-5)
+            looked_at += 1
+    assert looked_at == sum(len(chosen[key].shape) == 2 for key in errors)
+
+
+def test_an_eighth_of_a_large_matrix_tells_as_much_as_all_of_it(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=4096,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    scale = torch.linspace(0.5, 2, 4096, dtype=torch.bfloat16)[:, None]
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(scale)
+    model.save_pretrained(tmp_path)
+    plan = qlazy.load_quantized(tmp_path, device_map="cpu", target_bpw=5).qlazy_report.plan
+    found = plan.recipe.target.errors["model.layers.0.mlp.up_proj.weight"]
+    weight = model.model.layers[0].mlp.up_proj.weight.detach()
+    for fmt, error in found.items():
+        assert error == pytest.approx(error_of(weight, fmt), rel=0.02)
+
+
+def test_what_was_saved_for_a_target_is_what_was_loaded_for_it(checkpoint, tmp_path):
+    source = checkpoint("llama")
+    nbytes = int(0.97 * qlazy.plan(source, device_map="cpu").weight_bytes)
+    loaded = qlazy.load_quantized(source, device_map="cpu", target_size=nbytes)
+    plan = loaded.qlazy_report.plan
+    assert plan.weight_bytes <= nbytes
+    qlazy.save_quantized(source, tmp_path / "saved", target_size=nbytes)
+    reopened = qlazy.load_quantized(tmp_path / "saved", device_map="cpu")
+    formats = {tensor.name: tensor.format for tensor in plan.tensors}
+    assert formats == {tensor.name: tensor.format for tensor in reopened.qlazy_report.plan.tensors}
+    assert len({fmt for fmt in formats.values() if fmt is not None}) > 2
+    inputs = inputs_of("llama")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, reopened(**inputs).logits)
+    groups = reopened.config.quantization_config
+    assert groups is not None
+    assert math.isclose(plan.bits_per_weight(), reopened.qlazy_report.plan.bits_per_weight())

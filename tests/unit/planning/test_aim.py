@@ -1,0 +1,206 @@
+"""A target: met and never exceeded, with one format for what engines merge, and a refusal that names what would do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlazy.errors import DoesNotFit, UsageError
+from qlazy.formats import Format, Int4, Int8
+from qlazy.planning.aim import aim, formats_of, merged
+from qlazy.planning.budget import Budget
+from qlazy.planning.data import Plan
+from qlazy.planning.plan import make_plan
+from qlazy.planning.recipe import Recipe, make_recipe
+from qlazy.sources.source import Source, TensorInfo
+
+ROOMY = Budget(devices=("cpu",), free_bytes={"cpu": 1 << 50}, reserve_bytes=0, max_model_len=16)
+HIDDEN, LAYERS, VOCABULARY = 256, 6, 512
+
+
+def llama(*, layers: int = LAYERS, tied: bool = False) -> Source:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    if not tied:
+        shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    for i in range(layers):
+        for part in ("q", "k", "v", "o"):
+            shapes[f"model.layers.{i}.self_attn.{part}_proj.weight"] = (HIDDEN, HIDDEN)
+        for part in ("gate", "up"):
+            shapes[f"model.layers.{i}.mlp.{part}_proj.weight"] = (4 * HIDDEN, HIDDEN)
+        shapes[f"model.layers.{i}.mlp.down_proj.weight"] = (HIDDEN, 4 * HIDDEN)
+    config = {
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 4 * HIDDEN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": tied,
+        "dtype": "bfloat16",
+    }
+    tensors, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        tensors[name] = TensorInfo(
+            name=name, shape=shape, dtype="bfloat16", path=Path("m.safetensors"), offset=offset, nbytes=size
+        )
+        offset += size
+    return Source(
+        model_id="m",
+        resolved="/m",
+        revision=None,
+        kind="safetensors",
+        folder=Path("/m"),
+        gguf_file=None,
+        config=config,
+        tensors=tensors,
+    )
+
+
+def planned(source: Source | None = None, **options: Any) -> Plan:
+    return make_plan(source or llama(), make_recipe(**options), ROOMY)
+
+
+def formats(plan: Plan) -> dict[str, Format | None]:
+    return {tensor.name: tensor.format for tensor in plan.tensors if tensor.kind in ("linear", "head")}
+
+
+@pytest.mark.parametrize("bpw", [4.2, 4.3, 4.65, 5.5, 7.99])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_bits_per_weight_are_met_to_one_step_and_never_exceeded(bpw, symmetric):
+    plan = planned(target_bpw=bpw, symmetric=symmetric)
+    quantized = [tensor for tensor in plan.tensors if tensor.format is not None]
+    weights = sum(math.prod(tensor.shape) for tensor in quantized)
+    nbytes = sum(tensor.nbytes for tensor in quantized)
+    assert 8 * nbytes <= bpw * weights
+    # No layer could take one format more.
+    largest = 2 * 4 * HIDDEN * HIDDEN  # gate and up together
+    assert 8 * nbytes + 4 * largest > bpw * weights
+    assert all(tensor.format.symmetric == symmetric for tensor in quantized if isinstance(tensor.format, Int4))
+
+
+def test_bytes_are_those_of_all_weights():
+    whole = planned().weight_bytes
+    for nbytes in (int(0.95 * whole), whole, int(1.3 * whole)):
+        plan = planned(target_size=nbytes)
+        assert nbytes - 2 * 4 * HIDDEN * HIDDEN * 2 < plan.weight_bytes <= nbytes
+    assert planned(target_size="1GiB").weight_bytes < 1 << 30
+    # With room for all of it layers keep their 16 bits, and heads what the recipe gives them.
+    kept = formats(planned(target_size="1GiB"))
+    assert {name: fmt for name, fmt in kept.items() if fmt is not None} == {"lm_head.weight": Int8()}
+
+
+def test_more_bytes_are_spent_where_more_is_lost():
+    source = llama(tied=True)
+    recipe = make_recipe(target_bpw=4.7)
+    names = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(LAYERS)]
+    worst = {fmt: float(fmt != Int8()) for fmt in FORMATS}
+    target = dataclasses.replace(recipe.target, errors={names[3]: worst})
+    plan = make_plan(source, dataclasses.replace(recipe, target=target), ROOMY)
+    assert formats(plan)[names[3]] == Int8()
+    assert plan.bits_per_weight() <= 4.7
+
+
+FORMATS = (Int4(group_size=128), Int4(group_size=64), Int4(), Int8())
+
+
+def test_what_engines_merge_shares_one_format():
+    for bpw in torch.linspace(4.17, 8, 40).tolist():
+        by_group: dict[str, set[Format | None]] = {}
+        for name, fmt in formats(planned(target_bpw=bpw)).items():
+            by_group.setdefault(merged(name), set()).add(fmt)
+        assert all(len(found) == 1 for found in by_group.values())
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.v_proj.weight"], True),
+        (["model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"], False),
+        (["model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.o_proj.weight"], False),
+        (["model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"], True),
+        (["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"], False),
+        (["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"], True),
+        (["model.layers.0.mlp.experts.0.w1.weight", "model.layers.0.mlp.experts.7.w2.weight"], True),
+        (["model.layers.0.mlp.shared_experts.down_proj.weight", "model.layers.0.mlp.experts.down_proj"], False),
+        (["model.layers.0.self_attn.q_a_proj.weight", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"], True),
+        (["blk.0.attn_q.weight", "blk.0.attn_k.weight"], True),
+        (["blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"], True),
+        (["bert.encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.0.attention.self.key.weight"], True),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.0.SelfAttention.v.weight"], True),
+        (["encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.0.SelfAttention.o.weight"], False),
+    ],
+)
+def test_what_is_merged(names, shared):
+    assert (merged(names[0]) == merged(names[1])) is shared
+
+
+def test_single_modules_and_heads_stay_as_they_were_asked_for():
+    plan = planned(
+        target_bpw=5, head_bits=4, module_bits={"layers.2.mlp.down_proj": 8}, modules_to_not_convert=["layers.0.mlp.down_proj"]
+    )
+    got = formats(plan)
+    assert got["model.layers.2.mlp.down_proj.weight"] == Int8()
+    assert got["model.layers.0.mlp.down_proj.weight"] is None
+    assert isinstance(got["lm_head.weight"], Int4)
+    assert formats(planned(target_bpw=5, head_bits=16))["lm_head.weight"] is None
+
+
+def test_the_same_is_chosen_every_time_and_again_from_what_was_chosen():
+    recipe = make_recipe(target_bpw=4.5)
+    plan = make_plan(llama(), recipe, ROOMY)
+    again = make_plan(llama(), plan.recipe, ROOMY)
+    assert plan.recipe.chosen and plan == again == make_plan(llama(), recipe, ROOMY)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_target_that_nothing_is_small_enough_for_names_one_that_is(tied):
+    source = llama(tied=tied)
+    for low in ({"target_bpw": 4.0}, {"target_size": "1MiB"}):
+        with pytest.raises(DoesNotFit, match="more than the") as caught:
+            planned(source, **low)
+        assert caught.value.needed_bytes > caught.value.free_bytes
+        flag, value = re.search(r"--(target-\w+) (\S+)", caught.value.hint).groups()
+        named = float(value) if flag == "target-bpw" else value
+        plan = planned(source, **{flag.replace("-", "_"): named})
+        assert set(formats(plan).values()) == {Int4(group_size=128)}
+    if not tied:
+        assert "--embedding-bits 4" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_bpw": 4.5, "target_size": "1GiB"},
+        {"target_bpw": 3.9},
+        {"target_bpw": 16.1},
+        {"target_size": 0},
+        {"target_size": "5"},
+        {"target_bpw": 4.5, "bits": 8},
+        {"target_bpw": 4.5, "format": "nf4"},
+        {"target_bpw": 4.5, "group_size": 64},
+    ],
+)
+def test_targets_that_cannot_be_meant(options):
+    with pytest.raises(UsageError) as caught:
+        make_recipe(**options)
+    assert caught.value.hint
+
+
+def test_formats_of_a_head_are_no_larger_than_the_recipes():
+    tensors = {tensor.name: tensor for tensor in planned().tensors}
+    head: Any = tensors["lm_head.weight"]
+    recipe = make_recipe(target_size="1GiB", head_bits=4)
+    assert formats_of(head, recipe) == list(FORMATS[:3])
+    assert formats_of(head, make_recipe(target_size="1GiB")) == list(FORMATS)
+
+
+def test_a_recipe_without_a_target_is_left_alone():
+    recipe = Recipe()
+    assert aim([], recipe, "bfloat16") is recipe
