@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +43,7 @@ from qlazy.sensitivity import measured
 from qlazy.sources.source import Source
 from qlazy.stream import Stream
 from qlazy.swap import swap_layers
-from qlazy.trace import Trace
+from qlazy.trace import Clock, Trace
 
 
 def load(
@@ -122,7 +121,7 @@ def load(
                 trust_remote_code=trust_remote_code,
                 on_progress=on_progress,
             )
-    clock = _Clock(trace)
+    clock = Clock(trace)
     with Meter() as meter:
         construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         reference = None
@@ -195,23 +194,6 @@ def _require_one_kind(plan: Plan) -> None:
             f"{plan.model_id} would lie on {', '.join(sorted(used))}; a model runs on GPUs or on the CPU, not yet on both.",
             hint="Use --device-map cpu, or --device-map cuda.",
         )
-
-
-class _Clock:
-    """Seconds by stage, and in all; each stage is an event of the trace."""
-
-    def __init__(self, trace: Trace | None) -> None:
-        self._trace = trace
-        self._start = self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, stage: str) -> None:
-        if self._trace is not None:
-            self._trace.add(stage, self._last)
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self.seconds["total"] = now - self._start
-        self._last = now
 
 
 def _device_bytes(model: torch.nn.Module) -> dict[str, int]:

@@ -120,3 +120,29 @@ def span(trace: Trace | None, name: str) -> Iterator[None]:
     yield
     if trace is not None:
         trace.add(name, began)
+
+
+class Clock:
+    """Seconds by stage, and in all; each stage is an event of the trace.
+
+    Args:
+        trace: None notes nothing.
+    """
+
+    def __init__(self, trace: Trace | None = None) -> None:
+        self._trace = trace
+        self._start = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """End a stage, or a part of one; the next begins.
+
+        Args:
+            stage: Its name.
+        """
+        if self._trace is not None:
+            self._trace.add(stage, self._last)
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self.seconds["total"] = now - self._start
+        self._last = now

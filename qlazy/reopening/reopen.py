@@ -7,7 +7,6 @@ another order of bytes than the layers: GPTQ's is transposed, and int8 in words 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +36,7 @@ from qlazy.sources.packed import PackedTensor
 from qlazy.sources.source import Source
 from qlazy.stream import Stream
 from qlazy.swap import swap_layers
+from qlazy.trace import Clock
 
 
 def reopen(
@@ -73,18 +73,12 @@ def reopen(
 
     Memory: on a CPU no more than the model's buffers; pages of the files are the page cache's. On a GPU the packed bytes.
     """
-    seconds: dict[str, float] = {}
-    began = last = time.perf_counter()
-
-    def lap(stage: str) -> None:
-        nonlocal last
-        seconds[stage], last = time.perf_counter() - last, time.perf_counter()
-
+    clock = Clock()
     with Meter() as meter, torch.no_grad():
         # No rule for this machine's processor: scales are kept as they are.
         dtype = resolve_dtype(source, dtype, dataclasses.replace(budget, devices=("cuda:0",)))
         construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-        lap("plan")
+        clock.lap("plan")
         model = build_placeholder(source, getattr(torch, dtype), **construct)
         source = _turned(source, model)
         match = match_tensors(model, source, strict=strict)
@@ -100,7 +94,7 @@ def reopen(
             exact=False,
         )
         plan = swap_layers(model, asked, match, source)
-        lap("build")
+        clock.lap("build")
         files = MappedFiles()
         mapper = Mapper(model, plan, match, files)
         read = tuple(fill for fill in match.fills if fill.targets[0] not in mapper.mapped)
@@ -110,18 +104,17 @@ def reopen(
                     for _ in stream:
                         pass
         mapper.require_finite()
-        lap("stream")
+        clock.lap("stream")
         total = sum(fill.nbytes for fill in match.fills)
         if on_progress is not None:
             on_progress(Progress(stage="read", done_bytes=total, total_bytes=total, host_bytes=anonymous_bytes()))
         missing = eager_values(source, getattr(torch, dtype), match.missing, **construct)
         model = finish(model, plan, match, mapper, source, missing)
-        lap("finish")
-    seconds["total"] = time.perf_counter() - began
+        clock.lap("finish")
     loaded: Any = model
     loaded.qlazy_report = LoadReport(
         plan=plan,
-        seconds=seconds,
+        seconds=clock.seconds,
         bytes_read=mapper.copied_bytes + sum(fill.nbytes for fill in read),
         device_bytes=_device_bytes(model),
         host_peak_bytes=meter.peak_bytes,
@@ -225,6 +218,7 @@ def _turned(source: Source, model: PreTrainedModel) -> Source:
 
 
 def _device_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of weights and buffers by device; not of their storages as in a load, since that of a view is its whole file."""
     found: dict[str, int] = {}
     for tensor in {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values():
         found[str(tensor.device)] = found.get(str(tensor.device), 0) + tensor.nbytes
