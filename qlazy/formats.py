@@ -9,8 +9,8 @@ One layout, in memory on every device as on disk (that of compressed-tensors `pa
                                                      a nibble holds code = q + 8, q in [-8, 7]
            weight_scale       dtype (N, G)           w = (code - zero) * scale,  zero = 8 where symmetric
            weight_zero_point  int32 (ceil(N/8), G)   asymmetric only: 8 zeros along N in a word, row 8i in bits 0-3
-    Int8   weight_packed      int8  (N, K)           q in [-127, 127];  w = q * scale
-           weight_scale       dtype (N, G)           (on disk a word holds four bytes q + 128; same bits, top bit flipped)
+    Int8   weight_packed      uint8 (N, K)           code = q + 128, q in [-127, 127];  w = (code - 128) * scale
+           weight_scale       dtype (N, G)           (on disk the same bytes, four in an int32 word)
     NF4    weight_packed      uint8 (ceil(N*K/2),)   bitsandbytes: flat row-major, even element in the *high* nibble
     FP4    absmax             float32 (B,)           B = ceil(N*K/64) blocks; with double quantization instead:
            absmax_packed      uint8 (B,), nested_absmax float32 (ceil(B/256),), nested_offset float32 ()
@@ -99,7 +99,7 @@ class Int8:
     def storage(self, rows: int, columns: int, dtype: str) -> dict[str, Storage]:
         """Tensors that hold a weight of `rows` x `columns` whose scales are in `dtype`, by name."""
         groups = _groups(self.group_size, columns)
-        return {"weight_packed": Storage((rows, columns), "int8"), "weight_scale": Storage((rows, groups), dtype)}
+        return {"weight_packed": Storage((rows, columns), "uint8"), "weight_scale": Storage((rows, groups), dtype)}
 
 
 @dataclass(frozen=True, kw_only=True)

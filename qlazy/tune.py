@@ -21,7 +21,7 @@ from qlazy.errors import DeviceUnavailable
 from qlazy.formats import Codebook4, Format, Int4, Int8
 from qlazy.layers.linear import LAYERS
 from qlazy.products import ops, tuned
-from qlazy.products.native_product import Weight
+from qlazy.products.native_product import INT8, Weight
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 """Rows and columns of the layers of an 8B model."""
@@ -167,7 +167,7 @@ def _tile(block_m: int, block_n: int, block_k: int, *, split_k: int = 1, num_war
 
 
 def _best_tile(kernel: str, weights: Sequence[Weight], tokens: int, timer: Timer) -> dict[str, Any]:
-    bits = 8 if weights[0].packed.dtype == torch.int8 else 4
+    bits = 8 if weights[0].kind == INT8 else 4
     tiles = list(candidates(kernel, tokens, bits))
     times = [_time(kernel, weights, tokens, tile, timer) for tile in tiles]
     return {"max_tokens": tokens} | tiles[times.index(min(times))]

@@ -69,7 +69,7 @@ def check_int8(packed: Tensor, scale: Tensor) -> Extent:
     """Sizes of an int8 weight whose tensors belong together.
 
     Args:
-        packed: (N, K) int8.
+        packed: (N, K) uint8.
         scale: (N, G) float16, bfloat16 or float32.
 
     Returns:
@@ -79,8 +79,8 @@ def check_int8(packed: Tensor, scale: Tensor) -> Extent:
         ValueError: shapes, dtypes, devices or strides that do not belong together.
     """
     check_tensors(2, weight_packed=packed, weight_scale=scale)
-    if packed.dtype != torch.int8:
-        raise ValueError(f"weight_packed is {packed.dtype}; it must be torch.int8.")
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"weight_packed is {packed.dtype}; it must be torch.uint8.")
     rows, columns = packed.shape
     groups = scale.shape[1]
     if columns % groups:

@@ -101,10 +101,10 @@ def dequantize_int8(
     tile: Tile = TILE,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Turn eight-bit codes into a weight: `w = q * scale`, one byte `q` in -127..127 a weight.
+    """Turn eight-bit codes into a weight: `w = (code - 128) * scale`, one byte a weight.
 
     Args:
-        weight_packed: (N, K) int8, contiguous, on a CUDA device; any N and K.
+        weight_packed: (N, K) uint8, contiguous, on a CUDA device; any N and K.
         weight_scale: (N, G) float16, bfloat16 or float32, contiguous, same device; G divides K.
         start: First row.
         stop: One past the last row; None = N.
@@ -226,7 +226,7 @@ def dequantize_int8_kernel(
     columns_ok = (k < columns)[None, :, :]
     code = tl.load(packed_NK + n[:, None, None] * columns + k[None, :, :], mask=row_ok[:, None, None] & columns_ok, other=0)
     scale = tl.load(scale_NG + n[:, None] * groups + group[None, :], mask=group_ok, other=0.0).to(tl.float32)
-    weight = tl.where(wrong[:, None, None], float("nan"), code.to(tl.float32) * scale[:, :, None])
+    weight = tl.where(wrong[:, None, None], float("nan"), (code.to(tl.float32) - 128.0) * scale[:, :, None])
     at = (t - start)[:, None, None] * columns + k[None, :, :]
     tl.store(weight_NK + at, weight.to(weight_NK.dtype.element_ty), mask=(t < stop)[:, None, None] & columns_ok)
 

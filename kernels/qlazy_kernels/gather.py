@@ -65,11 +65,11 @@ def gather_int8(
     tile: Tile = TILE,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rows of an eight-bit table, `w = q * scale`, one byte `q` in -127..127 a weight.
+    """Rows of an eight-bit table, `w = (code - 128) * scale`, one byte a weight.
 
     Args:
         index: (...) int32 or int64, on a CUDA device.
-        weight_packed: (N, K) int8, contiguous, same device.
+        weight_packed: (N, K) uint8, contiguous, same device.
         weight_scale: (N, G) float16, bfloat16 or float32, contiguous; G divides K.
         dtype: float16, bfloat16 or float32; None = the dtype of the scales.
         tile: How to cut the work.

@@ -88,11 +88,11 @@ def gemm_int8(
     workspace: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply tokens by an eight-bit weight: `w = q * scale`, one byte `q` in -127..127 a weight.
+    """Multiply tokens by an eight-bit weight: `w = (code - 128) * scale`, one byte a weight.
 
     Args:
         x: (..., K) float16, bfloat16 or float32, on a CUDA device.
-        weight_packed: (N, K) int8, contiguous, same device; any N and K.
+        weight_packed: (N, K) uint8, contiguous, same device; any N and K.
         weight_scale: (N, G) float16, bfloat16 or float32, contiguous; G divides K.
         bias: (N,) floating, or None.
         tile: How to cut the work; None = by number of tokens.

@@ -85,9 +85,9 @@ def gemv_int8(
     tile: Tile | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply a few tokens by an eight-bit weight: `w = q * scale`.
+    """Multiply a few tokens by an eight-bit weight: `w = (code - 128) * scale`.
 
-    A row is read four bytes at a time, as the word p with its sign bits flipped, so that a byte holds q + 128::
+    A row is read four bytes at a time, as the word p::
 
         bit   31..24    23..16    15..8     7..0
         code  k=4p+3    k=4p+2    k=4p+1    k=4p
@@ -95,7 +95,7 @@ def gemv_int8(
 
     Args:
         x: (..., K) float16, bfloat16 or float32, on a CUDA device.
-        weight_packed: (N, K) int8, contiguous, same device, on a multiple of four bytes; K a multiple of 4, any N.
+        weight_packed: (N, K) uint8, contiguous, same device, on a multiple of four bytes; K a multiple of 4, any N.
         weight_scale: (N, G) float16, bfloat16 or float32, contiguous. G divides K into groups of multiples of 4.
         bias: (N,) floating, or None.
         tile: How to cut the work; None = by number of tokens.

@@ -105,11 +105,11 @@ def grouped_gemm_int8(
     tile: Tile | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply each token by the eight-bit weight of its expert, `w = q * scale`, one byte a weight.
+    """Multiply each token by the eight-bit weight of its expert, `w = (code - 128) * scale`, one byte a weight.
 
     Args:
         x: (T, K) float16, bfloat16 or float32, sorted by expert, on a CUDA device; with `index` in any order and number.
-        weight_packed: (E, N, K) int8, contiguous, same device.
+        weight_packed: (E, N, K) uint8, contiguous, same device.
         weight_scale: (E, N, G) floating, contiguous.
         blocks: From `group_blocks`.
         index: (T,) int32 or int64: the row of `x` that is the token at each place of the sorted order; None = x is sorted.

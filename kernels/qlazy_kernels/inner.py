@@ -125,11 +125,11 @@ def times_int4(words, x, zero, EXACT: tl.constexpr):
 
 @triton.jit
 def times_int8(words, x, zero, EXACT: tl.constexpr):
-    """Sum of q * x over the four bytes of each word, times 2**-85; x (M, 1, W, 2, 2), the rest as in `times_int4`."""
+    """The same of the four bytes of each word; x (M, 1, W, 2, 2)."""
     even, odd = tl.split(x)
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
-    codes = words.to(tl.uint32, bitcast=True) ^ 0x80808080
+    codes = words.to(tl.uint32, bitcast=True)
     high = codes >> 16
     total = _offset((x0 + x1) + (x2 + x3), zero, EXACT)
     total += _place(codes, 0, 8, zero, EXACT) * (x0 * 18446744073709551616.0)  # 2**64
@@ -211,7 +211,7 @@ def multiply_tile(
                 code -= 8
             weight = code.to(tl.float32) * scale[:, :, None, None]
         else:
-            weight = packed.to(tl.float32) * scale[:, :, None]
+            weight = (packed.to(tl.float32) - 128.0) * scale[:, :, None]
         weight = tl.reshape(weight, (BLOCK_N, BLOCK_K)).to(x.dtype)
         total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
     return total

@@ -115,11 +115,11 @@ def quantize_int8(
         weight: (N, K) floating, or uint8 for the bytes of float8_e4m3fn; contiguous, on a CUDA device.
         group_size: Columns that share a scale, any divisor of K; -1 = the whole row.
         scale_dtype: float16, bfloat16 or float32.
-        out: Storage to write: codes (N, K) int8, scale (N, G); None = new.
+        out: Storage to write: codes (N, K) uint8, scale (N, G); None = new.
         tile: `block_n * block_k` weights are taken at a time.
 
     Returns:
-        Codes in -127..127 and scale.
+        Codes in 1..255, which are 128 too large, and scale.
 
     Raises:
         ValueError: a shape, dtype, device or group size that does not fit; the message has both numbers.
@@ -132,7 +132,7 @@ def quantize_int8(
         raise ValueError(f"Group size {group_size} does not divide {columns} columns.")
     float_dtype(scale_dtype)
     codes_out, scale_out = (None, None) if out is None else out
-    codes = result(codes_out, (rows, columns), torch.int8, weight.device)
+    codes = result(codes_out, (rows, columns), torch.uint8, weight.device)
     scale = result(scale_out, (rows, columns // group_size), scale_dtype, weight.device)
     block_k = min(next_power_of_two(group_size), tile.block_k)
     block_g = max(1, tile.block_n * tile.block_k // block_k)
@@ -239,7 +239,7 @@ def quantize_int4_kernel(
 
 @triton.jit
 def quantize_int8_kernel(
-    weight_GK, q_GK, scale_G, groups, group_size, FP8: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr
+    weight_GK, code_GK, scale_G, groups, group_size, FP8: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """BLOCK_G groups, each a run of consecutive weights, read twice: for the largest magnitude, and for the codes."""
     group = tl.program_id(0).to(tl.int64) * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -258,7 +258,7 @@ def quantize_int8_kernel(
     for start in range(0, group_size, BLOCK_K):
         ok = group_ok[:, None] & (k < group_size - start)[None, :]
         w = load_weight(weight_GK + at + start, ok, FP8)
-        q = tl.minimum(tl.maximum(round_even(w * inverse), -127.0), 127.0)
-        tl.store(q_GK + at + start, q.to(tl.int32).to(tl.int8), mask=ok)
+        code = tl.minimum(tl.maximum(round_even(w * inverse), -127.0), 127.0) + 128.0
+        tl.store(code_GK + at + start, code.to(tl.int32).to(tl.uint8), mask=ok)
     scale = tl.where(poison == poison, scale, float("nan"))
     tl.store(scale_G + group, scale.to(scale_G.dtype.element_ty), mask=group_ok)

@@ -43,7 +43,7 @@ def dequantize_int8(weight_packed: Tensor, weight_scale: Tensor, *, dtype: torch
     """The same as `qlazy_kernels.dequantize.dequantize_int8` for all rows.
 
     Args:
-        weight_packed: (N, K) int8.
+        weight_packed: (N, K) uint8, codes 128 too large.
         weight_scale: (N, G) float16, bfloat16 or float32.
         dtype: Dtype of the result; None = the dtype of the scales. float64 gives the weights exactly.
 
@@ -53,7 +53,7 @@ def dequantize_int8(weight_packed: Tensor, weight_scale: Tensor, *, dtype: torch
     Memory: two copies of the result in fp32 (float64 where that is the dtype).
     """
     rows, groups = weight_scale.shape
-    return _scaled(weight_packed.reshape(rows, groups, -1), weight_scale, dtype)
+    return _scaled(weight_packed.reshape(rows, groups, -1).to(torch.int16) - 128, weight_scale, dtype)
 
 
 def dequantize_codebook4(

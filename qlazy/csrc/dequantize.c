@@ -12,6 +12,15 @@ typedef struct {
     int64_t threads;
 } qlazy_block;
 
+/* (code - 128) * scale in as few operations as without the 128, and rounded once all the same, as 128 * scale is exact. */
+INLINE float dequantize_byte(uint8_t code, float scale) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf((float)code, scale, -128.0f * scale);
+#else
+    return (float)(code - 128) * scale;
+#endif
+}
+
 /* PIECE weights at a time: code to value to the dtype of the result. */
 #if LANES == 16
 INLINE void store_half(void *to, int64_t dtype, __m512 values) {
@@ -35,21 +44,23 @@ INLINE void dequantize_block(const uint8_t *codes, int kind, __m512 table, int32
         halves[0] = _mm_unpacklo_epi8(first, second), halves[1] = _mm_unpackhi_epi8(first, second);
     }
     for (int i = 0; i < 2; i++) {
-        const __m512i wide = kind == INT8 ? _mm512_cvtepi8_epi32(halves[i]) : _mm512_cvtepu8_epi32(halves[i]);
-        const __m512 values = kind == CODEBOOK4 ? _mm512_permutexvar_ps(wide, table)
-                                                : _mm512_cvtepi32_ps(_mm512_sub_epi32(wide, _mm512_set1_epi32(zero)));
-        store_half((char *)to + i * 16 * (dtype == FLOAT32 ? 4 : 2), dtype, _mm512_mul_ps(values, factor));
+        const __m512i wide = _mm512_cvtepu8_epi32(halves[i]);
+        __m512 values;
+        if (kind == CODEBOOK4) values = _mm512_mul_ps(_mm512_permutexvar_ps(wide, table), factor);
+        else if (kind == INT4) values = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(wide, _mm512_set1_epi32(zero))), factor);
+        else values = _mm512_fmadd_ps(_mm512_cvtepi32_ps(wide), factor, _mm512_set1_ps(-128.0f * scale)); /* as `dequantize_byte` */
+        store_half((char *)to + i * 16 * (dtype == FLOAT32 ? 4 : 2), dtype, values);
     }
 }
 #endif
 
 static void dequantize_some(
-    const uint8_t *codes, int64_t count, int64_t kind, const float *code, int32_t zero, float scale, void *to, int64_t dtype) {
+    const uint8_t *codes, int64_t count, int64_t kind, const float *table, int32_t zero, float scale, void *to, int64_t dtype) {
     for (int64_t i = 0; i < count; i++) {
         const uint8_t byte = codes[kind == INT8 ? i : i / 2];
-        const int high = kind == INT4 ? i % 2 : !(i % 2);
-        const int32_t q = kind == INT8 ? (int8_t)byte : high ? byte >> 4 : byte & 15;
-        store_one(to, i, dtype, (kind == CODEBOOK4 ? code[q] : (float)(q - zero)) * scale);
+        const int high = kind == INT4 ? i % 2 : !(i % 2), code = high ? byte >> 4 : byte & 15;
+        const float value = kind == INT8 ? dequantize_byte(byte, scale) : (kind == CODEBOOK4 ? table[code] : (float)(code - zero)) * scale;
+        store_one(to, i, dtype, value);
     }
 }
 

@@ -68,7 +68,7 @@ INLINE void add_chunk(
     words part[4];
 #if BYTES
     if (kind == INT4) part[0] = low_nibbles(w), part[1] = high_nibbles(w);
-    else if (kind == INT8) part[0] = plus_128(w);
+    else if (kind == INT8) part[0] = w;
     else
 #endif
     if (kind == INT8) part[0] = low_byte(w), part[1] = high_byte(w);

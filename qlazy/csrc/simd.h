@@ -19,14 +19,14 @@ typedef __m512 floats;
 #define INLINE static inline __attribute__((always_inline))
 INLINE words load_words(const void *from) { return _mm512_loadu_si512(from); }
 INLINE integers zero_integers(void) { return _mm512_setzero_si512(); }
-/* Codes of 4 bits less 8; by a table where that is one step. */
+/* Codes of 4 bits less 8, by a table where that is one step; and below, codes of 8 bits less 128. */
 INLINE words centred(words w, int shift) {
     const __m512i table = _mm512_set_epi16(
         7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
     return _mm512_permutexvar_epi16(_mm512_srli_epi16(w, shift), table);
 }
-INLINE words low_byte(words w) { return _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8); }
-INLINE words high_byte(words w) { return _mm512_srai_epi16(w, 8); }
+INLINE words low_byte(words w) { return _mm512_sub_epi16(_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_set1_epi16(128)); }
+INLINE words high_byte(words w) { return _mm512_sub_epi16(_mm512_srli_epi16(w, 8), _mm512_set1_epi16(128)); }
 INLINE integers dot(integers sum, words a, words b) {
 #ifdef __AVX512VNNI__
     return _mm512_dpwssd_epi32(sum, a, b);
@@ -47,7 +47,6 @@ INLINE void store_negative(int32_t *to, integers v) { _mm512_storeu_si512(to, _m
 INLINE words all_bytes(int value) { return _mm512_set1_epi8((char)value); }
 INLINE words low_nibbles(words w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 INLINE words high_nibbles(words w) { return low_nibbles(_mm512_srli_epi16(w, 4)); }
-INLINE words plus_128(words w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
 INLINE integers dot_bytes(integers sum, words a, words b) { return _mm512_dpbusd_epi32(sum, a, b); }
 INLINE integers join(integers high, integers low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
 #endif
@@ -70,8 +69,8 @@ INLINE words load_words(const void *from) { return _mm256_loadu_si256((const __m
 INLINE integers zero_integers(void) { return _mm256_setzero_si256(); }
 INLINE words nibble(words w, int shift) { return _mm256_and_si256(_mm256_srli_epi16(w, shift), _mm256_set1_epi16(15)); }
 INLINE words centred(words w, int shift) { return _mm256_sub_epi16(nibble(w, shift), _mm256_set1_epi16(8)); }
-INLINE words low_byte(words w) { return _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8); }
-INLINE words high_byte(words w) { return _mm256_srai_epi16(w, 8); }
+INLINE words low_byte(words w) { return _mm256_sub_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_set1_epi16(128)); }
+INLINE words high_byte(words w) { return _mm256_sub_epi16(_mm256_srli_epi16(w, 8), _mm256_set1_epi16(128)); }
 INLINE integers dot(integers sum, words a, words b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 /* The table is kept as 16 low bytes and 16 high bytes, in the two halves of one vector. */
 INLINE words look_up(word_table table, words w, int shift) {
@@ -93,7 +92,6 @@ INLINE void store_negative(int32_t *to, integers v) { _mm256_storeu_si256((__m25
 INLINE words all_bytes(int value) { return _mm256_set1_epi8((char)value); }
 INLINE words low_nibbles(words w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
 INLINE words high_nibbles(words w) { return low_nibbles(_mm256_srli_epi16(w, 4)); }
-INLINE words plus_128(words w) { return _mm256_xor_si256(w, _mm256_set1_epi8(-128)); }
 INLINE integers dot_bytes(integers sum, words a, words b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
 INLINE integers join(integers high, integers low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 8), low); }
 #endif
@@ -126,8 +124,8 @@ typedef struct { int16_t at[16]; } word_table;
 INLINE words load_words(const void *from) { words w; memcpy(&w, from, sizeof w); return w; }
 INLINE integers zero_integers(void) { integers s = {{0}}; return s; }
 INLINE words centred(words w, int shift) { EACH_WORD w.at[i] = (int16_t)(((uint16_t)w.at[i] >> shift & 15) - 8); return w; }
-INLINE words low_byte(words w) { EACH_WORD w.at[i] = (int8_t)(uint8_t)w.at[i]; return w; }
-INLINE words high_byte(words w) { EACH_WORD w.at[i] = (int16_t)(w.at[i] >> 8); return w; }
+INLINE words low_byte(words w) { EACH_WORD w.at[i] = (int16_t)(((uint16_t)w.at[i] & 255) - 128); return w; }
+INLINE words high_byte(words w) { EACH_WORD w.at[i] = (int16_t)(((uint16_t)w.at[i] >> 8) - 128); return w; }
 INLINE integers dot(integers s, words a, words b) {
     EACH_LANE s.at[i] += a.at[2 * i] * b.at[2 * i] + a.at[2 * i + 1] * b.at[2 * i + 1];
     return s;

@@ -103,7 +103,7 @@ def _plain_int8(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Te
     grouped = block.view(stop - start, factors.shape[1], -1)
     # Codes of 8 bits are exact in every float dtype, and a product of two elements of one dtype is rounded once.
     work = dtype if dtype == factors.dtype else torch.float32
-    return (grouped.to(work) * factors.to(work).unsqueeze(2)).view(block.shape).to(dtype)
+    return grouped.to(work).sub_(128).mul_(factors.to(work).unsqueeze(2)).view(block.shape).to(dtype)
 
 
 def _plain_codebook4(weight: Weight, dtype: torch.dtype, start: int, stop: int) -> Tensor:

@@ -68,8 +68,8 @@ def _gather(weight: Weight, index: Tensor, dtype: torch.dtype) -> Tensor:
     scale = weight.scale[index].unsqueeze(2)
     if weight.kind == INT8:
         # As in `ops`: codes of 8 bits are exact in every float dtype, and a product of two is rounded once.
-        codes = weight.packed[index].view(count, groups, columns // groups).to(scale.dtype)
-        return (codes * scale).view(count, columns).to(dtype)
+        centred = weight.packed[index].view(count, groups, columns // groups).to(scale.dtype).sub_(128)
+        return centred.mul_(scale).view(count, columns).to(dtype)
     centred = unpack_int4(weight.packed[index], columns).view(count, groups, columns // groups).to(torch.float32)
     if weight.zero is None:
         centred.sub_(8)

@@ -60,7 +60,7 @@ def int8_weight(packed: Tensor, scale: Tensor) -> Weight:
     """An int8 weight from its stored tensors.
 
     Args:
-        packed: int8 (N, K).
+        packed: uint8 (N, K).
         scale: (N, G).
 
     Returns:

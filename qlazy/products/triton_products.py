@@ -141,7 +141,7 @@ def grouped(x: Tensor, counts: Tensor, packed: Tensor, scale: Tensor, zero: Tens
     Args:
         x: (T, K), sorted by expert.
         counts: (E,) integers, same device: rows of each expert. They may add up to less than T.
-        packed: (E, N, ceil(K/8)) int32, or (E, N, K) int8.
+        packed: (E, N, ceil(K/8)) int32, or (E, N, K) uint8.
         scale: (E, N, G).
         zero: int32 (E, ceil(N/8), G); None for int8 and where symmetric.
 
@@ -156,7 +156,7 @@ def grouped(x: Tensor, counts: Tensor, packed: Tensor, scale: Tensor, zero: Tens
     tile = default_tile(min(-(-tokens // counts.shape[0]), 64), x.dtype)
     blocks = group_blocks(counts, tokens, tile.block_m)
     out = x.new_zeros(tokens, packed.shape[1])
-    if packed.dtype == torch.int8:
+    if packed.dtype == torch.uint8:
         return grouped_gemm_int8(x, packed, scale, blocks, tile=tile, out=out)
     return grouped_gemm_int4(x, packed, scale, zero, blocks, tile=tile, out=out)
 

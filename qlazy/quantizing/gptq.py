@@ -104,7 +104,7 @@ def store_calibrated(
         descend(planes, rounded, curvature, grid, scale_out.dtype)
         scale_out[tile] = rounded.scale[:, :count].t().to(scale_out.dtype)
         if isinstance(fmt, Int8):
-            packed_out[tile] = rounded.steps[:, :count].t().to(torch.int8)
+            packed_out[tile] = rounded.steps[:, :count].t().add(128).to(torch.uint8)
             continue
         zero = rounded.zero if grid.asymmetric else torch.full_like(rounded.zero, 8.0)
         codes = rounded.steps.view(len(zero), group, -1).add_(zero.unsqueeze(1)).view(columns, -1)[:, :count]

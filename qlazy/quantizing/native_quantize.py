@@ -53,7 +53,7 @@ def int8(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_out: T
     Args:
         weight_NK: (N, K), on any device.
         group_size: Columns that share a scale.
-        packed_out: int8 (N, K).
+        packed_out: uint8 (N, K).
         scale_out: (N, G) in any float dtype.
 
     Returns:

@@ -68,8 +68,8 @@ def quantize_int8(weight_NK: Tensor, *, group_size: int, scale_dtype: torch.dtyp
         scale_dtype: Dtype of the scales: bfloat16, float16 or float32.
 
     Returns:
-        q int8 (N, K) in -127..127; scale `scale_dtype` (N, G), positive. w is about q * scale. A group of zeros has scale 1.
-        A group with NaN or infinity has a scale that is NaN or infinite, and codes that mean nothing.
+        codes uint8 (N, K) in 1..255; scale `scale_dtype` (N, G), positive. w is about (code - 128) * scale.
+        A group of zeros has scale 1. One with NaN or infinity has a scale that is NaN or infinite, and codes that mean nothing.
 
     Raises:
         UsageError: The group size does not divide the columns.
@@ -78,10 +78,10 @@ def quantize_int8(weight_NK: Tensor, *, group_size: int, scale_dtype: torch.dtyp
     """
     rows, columns = weight_NK.shape
     group = _group_columns(group_size, columns)
-    q_NK = torch.empty((rows, columns), dtype=torch.int8, device=weight_NK.device)
+    codes_NK = torch.empty((rows, columns), dtype=torch.uint8, device=weight_NK.device)
     scale_NG = torch.empty((rows, columns // group), dtype=scale_dtype, device=weight_NK.device)
-    store_int8(weight_NK, group_size=group, packed_out=q_NK, scale_out=scale_NG)
-    return q_NK, scale_NG
+    store_int8(weight_NK, group_size=group, packed_out=codes_NK, scale_out=scale_NG)
+    return codes_NK, scale_NG
 
 
 def store_int4(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_out: Tensor, zero_out: Tensor | None) -> bool:
@@ -132,7 +132,7 @@ def store_int8(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_
     Args:
         weight_NK: Shape (N, K), bfloat16, float16 or float32.
         group_size: Columns that share a scale, a divisor of K; -1 = the whole row.
-        packed_out: int8 (N, K).
+        packed_out: uint8 (N, K).
         scale_out: (N, G) in bfloat16, float16 or float32; its dtype is that of the scales.
 
     Returns:
@@ -165,7 +165,7 @@ def store_int8(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_
         work.copy_(weight_NK[block].reshape(count, group))
         span = torch.maximum(work.amax(1), work.amin(1).neg_())
         scale = round_scale(span / steps, span, scale_out.dtype)
-        work.mul_(scale.reciprocal().unsqueeze(1)).round_().clamp_(-127, 127)
+        work.mul_(scale.reciprocal().unsqueeze(1)).round_().clamp_(-127, 127).add_(128)
         packed_out[block].view(count, group).copy_(work)
         scale_out[block].view(count).copy_(scale)
     return scale_out.is_cuda or is_finite(scale_out)
@@ -210,11 +210,11 @@ def dequantize_int4(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, 
     return work.mul_(scale_NG.to(torch.float32).unsqueeze(2)).view(codes_NK.shape).to(dtype)
 
 
-def dequantize_int8(q_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights that the codes stand for: q * scale in float32, then rounded to `dtype`.
+def dequantize_int8(codes_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights that the codes stand for: (code - 128) * scale in float32, then rounded to `dtype`.
 
     Args:
-        q_NK: int8 (N, K).
+        codes_NK: uint8 (N, K).
         scale_NG: Floating, (N, G).
         dtype: Dtype of the result.
 
@@ -224,8 +224,8 @@ def dequantize_int8(q_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tenso
     Memory: the result and one float32 tensor of its shape; call it on blocks of rows to bound that.
     """
     rows, groups = scale_NG.shape
-    work = q_NK.to(torch.float32).view(rows, groups, -1)
-    return work.mul_(scale_NG.to(torch.float32).unsqueeze(2)).view(q_NK.shape).to(dtype)
+    work = codes_NK.to(torch.float32).view(rows, groups, -1).sub_(128.0)
+    return work.mul_(scale_NG.to(torch.float32).unsqueeze(2)).view(codes_NK.shape).to(dtype)
 
 
 def _compiled_int4(weight_NK: Tensor, group: int, packed: Tensor, scale: Tensor, zero: Tensor | None) -> bool | None:

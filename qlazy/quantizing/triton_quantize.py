@@ -53,7 +53,7 @@ def int8(weight_NK: Tensor, *, group_size: int, packed_out: Tensor, scale_out: T
     Args:
         weight_NK: (N, K) in bfloat16, float16, float32 or float8_e4m3fn.
         group_size: Columns that share a scale.
-        packed_out: int8 (N, K).
+        packed_out: uint8 (N, K).
         scale_out: (N, G) in any float dtype.
 
     Returns:

@@ -1,7 +1,7 @@
 """Packed weights as other libraries have them on disk, and back: names, shapes and bit order of the tensors of a saved folder.
 
-compressed-tensors   Int4: our own tensors, byte for byte. Int8: the same bytes with the top bit flipped, four in a word
-bitsandbytes         NF4, FP4: our own tensors. Int8, one scale a row: our own bytes, the scale times 127 in float32
+compressed-tensors   Int4, Int8: our own tensors, byte for byte; bytes of Int8 stand four in a word
+bitsandbytes         NF4, FP4: our own tensors. Int8, one scale a row: our own bytes less 128, the scale times 127 in float32
 gptq                 Int4, Int8: the words of compressed-tensors, transposed
 """
 
@@ -76,7 +76,7 @@ def to_stored(
     Returns:
         Tensors by their name after the layer's.
 
-    Memory: views, but for int8 in words and for gptq, which take as much again.
+    Memory: views, but for int8 of bitsandbytes and for gptq, which take as much again.
     """
     if layout == "bitsandbytes":
         return _to_bitsandbytes(fmt, held, rows, columns, dtype)
@@ -114,9 +114,14 @@ def cut_rows(fmt: Format, held: Mapping[str, Tensor], start: int, stop: int) -> 
 
 
 def _int8_words(packed: Tensor) -> Tensor:
-    """int8 (N, K) -> int32 (N, ceil(K/4)): four bytes q + 128 in a word."""
-    flipped = packed.view(torch.uint8) ^ 0x80
-    return torch.nn.functional.pad(flipped, (0, -packed.shape[1] % 4)).view(torch.int32)
+    """uint8 (N, K) -> int32 (N, ceil(K/4)): a view, where there is nothing to fill up."""
+    left = -packed.shape[1] % 4
+    return (torch.nn.functional.pad(packed, (0, left)) if left else packed).view(torch.int32)
+
+
+def _flipped(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes of 8 bits with a sign from those that are 128 too large, and back."""
+    return (packed.view(torch.uint8) ^ 0x80).view(dtype)
 
 
 def _to_gptq(fmt: Format, words: Tensor, scale: Tensor, zero: Tensor | None, columns: int) -> dict[str, Tensor]:
@@ -141,7 +146,7 @@ def _to_gptq(fmt: Format, words: Tensor, scale: Tensor, zero: Tensor | None, col
 def _to_bitsandbytes(fmt: Format, held: Mapping[str, Tensor], rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
     if not isinstance(fmt, Codebook4):
         return {
-            "weight": held["weight_packed"],
+            "weight": _flipped(held["weight_packed"], torch.int8),
             "SCB": held["weight_scale"].float().flatten() * 127,
             "weight_format": torch.zeros((), dtype=torch.uint8),
         }
@@ -181,13 +186,14 @@ def from_stored(
     Raises:
         CorruptCheckpoint: a codebook or order of columns that is not the one that the format has.
 
-    Memory: views where the layout is that in memory; of int8 in words and of gptq a copy.
+    Memory: views where the layout is that in memory; of int8 with a sign and of gptq a copy.
     """
     scheme, words = info.scheme, parts["weight"]
     if isinstance(fmt, Codebook4):
         return _from_bitsandbytes4(fmt, info, parts)
     if isinstance(scheme, BitsAndBytes8):
-        return {"weight_packed": words, "weight_scale": (parts["scale"] / 127).to(dtype).view(-1, 1)}
+        scale = (parts["scale"] / 127).to(dtype).view(-1, 1)
+        return {"weight_packed": _flipped(words, torch.uint8), "weight_scale": scale}
     scale, zero = parts["scale"], parts.get("zero")
     if isinstance(scheme, Gptq):
         _require_gptq(fmt, info, parts, columns)
@@ -195,7 +201,7 @@ def from_stored(
         zero = None if zero is None else zero.t().contiguous()
     scale = scale.view(-1, 1).expand(words.shape[0], -1) if scale.dim() < 2 else scale
     if isinstance(fmt, Int8):
-        packed = words if words.dtype == torch.int8 else (words.view(torch.uint8) ^ 0x80).view(torch.int8)[:, :columns]
+        packed = _flipped(words, torch.uint8) if words.dtype == torch.int8 else words.view(torch.uint8)[:, :columns]
         return {"weight_packed": packed.contiguous(), "weight_scale": scale.to(dtype).contiguous()}
     held = {"weight_packed": words, "weight_scale": scale.to(dtype).contiguous()}
     if zero is not None and isinstance(fmt, Int4) and not fmt.symmetric:

@@ -22,7 +22,7 @@ def random_int4(rows: int, columns: int, groups: int, *, symmetric: bool, dtype:
 
 def random_int8(rows: int, columns: int, groups: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows * columns + groups)
-    packed = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int64).to(torch.int8)
+    packed = torch.randint(1, 256, (rows, columns), generator=generator, dtype=torch.int64).to(torch.uint8)
     return packed, (torch.rand((rows, groups), generator=generator) + 0.5).mul_(0.002).to(dtype)
 
 

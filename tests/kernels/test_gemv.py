@@ -91,13 +91,13 @@ def test_int4_refuses_with_the_numbers(kernels, change, numbers):
     ("change", "numbers"),
     [
         ({"x": torch.zeros(1, 68)}, ["68 columns", "64"]),
-        ({"weight_packed": torch.zeros(4, 64, dtype=torch.uint8)}, ["torch.uint8", "torch.int8"]),
+        ({"weight_packed": torch.zeros(4, 64, dtype=torch.int8)}, ["torch.int8", "torch.uint8"]),
         ({"weight_scale": torch.zeros(4, 32)}, ["2 columns", "multiples of 4"]),
-        ({"weight_packed": torch.zeros(4 * 64 + 1, dtype=torch.int8)[1:].view(4, 64)}, ["address", "multiples of 4"]),
+        ({"weight_packed": torch.zeros(4 * 64 + 1, dtype=torch.uint8)[1:].view(4, 64)}, ["address", "multiples of 4"]),
     ],
 )
 def test_int8_refuses_with_the_numbers(kernels, change, numbers):
-    good = {"x": torch.zeros(1, 64), "weight_packed": torch.zeros(4, 64, dtype=torch.int8), "weight_scale": torch.zeros(4, 2)}
+    good = {"x": torch.zeros(1, 64), "weight_packed": torch.zeros(4, 64, dtype=torch.uint8), "weight_scale": torch.zeros(4, 2)}
     with pytest.raises(ValueError) as caught:
         kernels.gemv.gemv_int8(**(good | change))
     for number in numbers:

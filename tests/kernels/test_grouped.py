@@ -72,7 +72,7 @@ def test_int8_with_fewer_rows_of_x_than_tokens(kernels):
         ({"weight_scale": torch.zeros(2, 8, 1)}, ["2 experts", "for 3"]),
         ({"x": torch.zeros(4, 65)}, ["65 columns", "64"]),
         ({"index": torch.zeros(4)}, ["torch.float32", "torch.int32"]),
-        ({"weight_packed": torch.zeros(8, 64, dtype=torch.int8)}, ["(8, 64)", "three dimensions"]),
+        ({"weight_packed": torch.zeros(8, 64, dtype=torch.uint8)}, ["(8, 64)", "three dimensions"]),
         ({"x": torch.zeros(4, 64, dtype=torch.float64)}, ["torch.float64"]),
     ],
 )
@@ -80,7 +80,7 @@ def test_grouped_refuses_with_the_numbers(kernels, change, numbers):
     blocks = kernels.grouped.group_blocks(torch.tensor([1, 3, 0]), 4, 16)
     good = {
         "x": torch.zeros(4, 64),
-        "weight_packed": torch.zeros(3, 8, 64, dtype=torch.int8),
+        "weight_packed": torch.zeros(3, 8, 64, dtype=torch.uint8),
         "weight_scale": torch.zeros(3, 8, 1),
     }
     with pytest.raises(ValueError) as caught:

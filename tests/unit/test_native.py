@@ -92,7 +92,7 @@ def test_int8_bytes_equal_the_plain_quantizer(group_size: int, dtype: torch.dtyp
         weight.clamp_(-1e4, 1e4)
     found, expected = (
         {
-            "packed_out": torch.full((27, 384), 99, dtype=torch.int8),
+            "packed_out": torch.full((27, 384), 99, dtype=torch.uint8),
             "scale_out": torch.full((27, 384 // group_size), 7.0, dtype=scale_dtype),
         }
         for _ in range(2)
@@ -127,7 +127,7 @@ def test_all_compiled_quantizers_on_any_values(values: list[float], spread: int,
         assert sound == plainly(store, **expected)
         assert not sound or same(found, expected)
     found8, expected8 = (
-        {"packed_out": torch.empty((2, 64), dtype=torch.int8), "scale_out": torch.empty((2, 1), dtype=dtype)} for _ in range(2)
+        {"packed_out": torch.empty((2, 64), dtype=torch.uint8), "scale_out": torch.empty((2, 1), dtype=dtype)} for _ in range(2)
     )
     store8 = functools.partial(quantize.store_int8, weight, group_size=-1)
     sound = store8(**found8)

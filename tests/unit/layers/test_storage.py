@@ -50,13 +50,13 @@ def test_what_the_plan_names_is_taken_once_and_in_order() -> None:
         ahead = storage._ahead.get()
         assert ahead is not None
         ahead.thread.join()  # all is taken, as nobody asked before
-        held = [tensor.data_ptr() for tensor in ahead.taken[(ROWS, COLUMNS), torch.int8]]
+        held = [tensor.data_ptr() for tensor in ahead.taken[(ROWS, COLUMNS), torch.uint8]]
         assert len(held) == 2, "none for a GPU"
-        taken = [allocate((ROWS, COLUMNS), torch.int8, "cpu") for _ in range(3)]
+        taken = [allocate((ROWS, COLUMNS), torch.uint8, "cpu") for _ in range(3)]
         assert [tensor.data_ptr() for tensor in taken[:2]] == held and taken[2].data_ptr() not in held
         other = allocate((3, 5), torch.float32, "cpu")
         assert other.shape == (3, 5) and other.dtype == torch.float32
-        assert allocate((ROWS, COLUMNS), torch.int8, "meta").is_meta
+        assert allocate((ROWS, COLUMNS), torch.uint8, "meta").is_meta
     for tensor in taken:
         tensor.fill_(1)
     assert not ahead.taken, "what nobody took is given back"
@@ -73,7 +73,7 @@ def test_a_build_that_fails_leaves_nothing() -> None:
 def test_without_compiled_loops_all_is_made_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     with taken_ahead(plan_of("cpu")):
-        assert allocate((ROWS, COLUMNS), torch.int8, "cpu").shape == (ROWS, COLUMNS)
+        assert allocate((ROWS, COLUMNS), torch.uint8, "cpu").shape == (ROWS, COLUMNS)
 
 
 def test_allocate() -> None:

@@ -81,7 +81,7 @@ def exact_weight(layer: QuantLinear) -> Tensor:
         scales = absmax.double().repeat_interleave(64)[: rows * columns]
         return (CODES[fmt.kind].double()[codes] * scales).view(rows, columns)
     if isinstance(fmt, Int8):
-        codes, scale = stored["weight_packed"].double(), stored["weight_scale"].double()
+        codes, scale = stored["weight_packed"].double() - 128, stored["weight_scale"].double()
         return (codes.view(rows, scale.shape[1], -1) * scale.unsqueeze(2)).view(rows, columns)
     scale = stored["weight_scale"].double()
     zero = torch.full(scale.shape, 8.0).double()

@@ -131,8 +131,8 @@ def test_a_group_of_zeros(group_size: int, dtype: torch.dtype) -> None:
         codes, scale, zero = quantize_int4(weight, group_size=group_size, symmetric=symmetric, scale_dtype=dtype)
         assert bool((scale[1] == 1).all())
         assert bool((dequantize_int4(codes, scale, zero, dtype)[1] == 0).all())
-    q, scale = quantize_int8(weight, group_size=group_size, scale_dtype=dtype)
-    assert bool((scale[1] == 1).all()) and bool((q[1] == 0).all())
+    codes, scale = quantize_int8(weight, group_size=group_size, scale_dtype=dtype)
+    assert bool((scale[1] == 1).all()) and bool((codes[1] == 128).all())
 
 
 @pytest.mark.parametrize("scale_dtype", DTYPES)
@@ -226,10 +226,10 @@ def test_the_argument_is_left_alone() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_error_is_at_most_half_a_step(group_size: int, dtype: torch.dtype) -> None:
     weight = weights(16, 256, dtype)
-    q, scale = quantize_int8(weight, group_size=group_size, scale_dtype=dtype)
-    assert (q.dtype, scale.dtype, q.shape) == (torch.int8, dtype, weight.shape)
-    assert int(q.min()) >= -127
-    error = per_group(dequantize_int8(q, scale, torch.float32), group_size) - per_group(weight, group_size)
+    codes, scale = quantize_int8(weight, group_size=group_size, scale_dtype=dtype)
+    assert (codes.dtype, scale.dtype, codes.shape) == (torch.uint8, dtype, weight.shape)
+    assert int(codes.min()) >= 1
+    error = per_group(dequantize_int8(codes, scale, torch.float32), group_size) - per_group(weight, group_size)
     step = scale.to(torch.float64).unsqueeze(2)
     # Rounding the scale down to bfloat16 leaves the largest weight at up to 127.25 steps, still nearest to 127.
     assert float((error.abs() / step).max()) <= 0.5001
@@ -287,5 +287,5 @@ def test_dequantized_values_by_hand() -> None:
     assert dequantize_int4(codes, scale, None, torch.float32).tolist() == [[-4.0, 0.0, 14.0, -2.0]]
     zero = torch.tensor([[1, 15]], dtype=torch.uint8)
     assert dequantize_int4(codes, scale, zero, torch.float32).tolist() == [[-0.5, 3.5, 0.0, -16.0]]
-    q = torch.tensor([[-127, 0, 1, 127]], dtype=torch.int8)
-    assert dequantize_int8(q, scale, torch.float32).tolist() == [[-63.5, 0.0, 2.0, 254.0]]
+    codes = torch.tensor([[1, 128, 129, 255]], dtype=torch.uint8)
+    assert dequantize_int8(codes, scale, torch.float32).tolist() == [[-63.5, 0.0, 2.0, 254.0]]
