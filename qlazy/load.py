@@ -34,7 +34,6 @@ from qlazy.planning.recipe import Recipe
 from qlazy.random_init import Drawn, build_reference, match_drawn, with_tensors
 from qlazy.reading.chunks import CACHED_BYTES, worker_count
 from qlazy.reading.staging import open_gpus
-from qlazy.reopening.mapped_stack import NotAsStored
 from qlazy.reopening.reopen import reopen
 from qlazy.report import LoadReport, Progress
 from qlazy.saving.cache import cached
@@ -108,19 +107,17 @@ def load(
         kept = keep(held) if held is not None else None
         source = held or source
     if kept is not None:
-        # What is packed, but not as the model has it, is unpacked and quantized as anything else.
-        with contextlib.suppress(NotAsStored):
-            return reopen(
-                source,
-                kept,
-                budget,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                strict=strict,
-                drop_page_cache=drop_page_cache,
-                trust_remote_code=trust_remote_code,
-                on_progress=on_progress,
-            )
+        return reopen(
+            source,
+            kept,
+            budget,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            strict=strict,
+            drop_page_cache=drop_page_cache,
+            trust_remote_code=trust_remote_code,
+            on_progress=on_progress,
+        )
     clock = Clock(trace)
     with Meter() as meter:
         construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}

@@ -58,6 +58,18 @@ def stack_experts(entries: list[Entry], config: Mapping[str, Any]) -> list[Entry
     return [kept for entry in entries for kept in made.get(entry.name, [entry])]
 
 
+def stack_name(name: str) -> str | None:
+    """What `stack_experts` calls the stack that a matrix of one expert belongs to.
+
+    Args:
+        name: Key in the checkpoint.
+    Returns:
+        The name; None for what is not numbered among experts.
+    """
+    one = _ONE.match(name)
+    return None if one is None else f"{one.group(1)}.{_role(one.group(3))}"
+
+
 def is_flat_stack(name: str, config: Mapping[str, Any]) -> bool:
     """Whether a matrix holds those of all experts, one below the other.
 

@@ -15,8 +15,22 @@ from qlazy.saving.layouts import from_stored
 from qlazy.sources.packed import PackedTensor
 
 
-class NotAsStored(Exception):
-    """A packed weight is not one of the model's as it is: its rows must be unpacked and go elsewhere."""
+def lie_in_order(fills: Sequence[Fill]) -> bool:
+    """Whether packed weights, whole and one after the other, are a stack of the model.
+
+    Args:
+        fills: What fills it.
+    Returns:
+        False where rows must be unpacked and go elsewhere.
+    """
+    row = 0
+    for fill in sorted(fills, key=lambda fill: fill.target_row):
+        info = fill.sources[0]
+        whole = len(fill.sources) == 1 and isinstance(info, PackedTensor) and fill.all_spans[0] == (0, row_count(info.shape))
+        if not whole or fill.target_row != row or not _in_order(fill):
+            return False
+        row += info.shape[0]
+    return True
 
 
 def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> dict[str, Tensor]:
@@ -24,12 +38,11 @@ def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> di
 
     Args:
         stack: The module that it is for.
-        fills: What fills it: whole matrices, or rows of them, each from one packed weight.
+        fills: What fills it, in order: whole matrices, or rows of them, each from one packed weight.
         files: The maps.
     Returns:
         Tensors by the names of its storage.
     Raises:
-        NotAsStored: a source that is not packed, or not one matrix with its rows in order.
         CorruptCheckpoint: rows that are missing.
 
     Memory: none where the files hold the matrices one after the other, as our own do, in the layout that they have in memory;
@@ -39,9 +52,7 @@ def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> di
     columns, pieces, row = stack.stack.columns, [], 0
     for fill in ordered:
         info = fill.sources[0]
-        whole = len(fill.sources) == 1 and isinstance(info, PackedTensor) and fill.all_spans[0] == (0, row_count(info.shape))
-        if not whole or not isinstance(info, PackedTensor) or fill.target_row != row or not _in_order(fill):
-            raise NotAsStored(f"{info.path.name}: {info.name!r} is not a packed matrix of one expert.")
+        assert isinstance(info, PackedTensor)
         row += info.shape[0]
         parts = {part.role: files.tensor(part.stored) for part in info.parts}
         pieces.append(from_stored(stack.format, info, parts, columns, stack.dtype))

@@ -1,24 +1,24 @@
 """Open what is packed already: files are mapped, and the layers' storage is a view of the maps.
 
 As a load (see `qlazy/load.py`), but nothing is streamed or quantized. On a CPU nothing is copied either, unless the files have
-another order of bytes than the layers: GPTQ's is transposed, and int8 in words has its top bit flipped.
+other bytes than the layers: those of GPTQ are transposed, and int8 of bitsandbytes has a sign.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from qlazy.errors import CorruptCheckpoint
 from qlazy.finish import finish
 from qlazy.layers.packed_stack import PackedStack
 from qlazy.layers.quant_linear import QuantLinear
+from qlazy.layers.stacks import stack_of
 from qlazy.match import Match, match_tensors
 from qlazy.matching.fill import Fill, is_stored_so
 from qlazy.memory import Meter, anonymous_bytes
@@ -26,10 +26,10 @@ from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder, eager_values
 from qlazy.planning.budget import Budget
 from qlazy.planning.kept import KeptRecipe, renamed
-from qlazy.planning.plan import Plan, resolve_dtype
-from qlazy.reading.chunks import worker_count
+from qlazy.planning.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, RING_BYTES, Plan, resolve_dtype
+from qlazy.reading.chunks import CACHED_BYTES, worker_count
 from qlazy.reopening.mapped import MappedFiles
-from qlazy.reopening.mapped_stack import NotAsStored, stacked
+from qlazy.reopening.mapped_stack import lie_in_order, stacked
 from qlazy.report import LoadReport, Progress
 from qlazy.saving.layouts import from_stored
 from qlazy.sources.packed import PackedTensor
@@ -69,9 +69,9 @@ def reopen(
         DoesNotFit: before anything is read.
         CorruptCheckpoint: files that contradict themselves or the model.
         UnsupportedModel: no such architecture.
-        NotAsStored: a packed weight that the model has in parts or in another order; it can be loaded, but not mapped.
 
-    Memory: on a CPU no more than the model's buffers; pages of the files are the page cache's. On a GPU the packed bytes.
+    Memory: on a CPU no more than the model's buffers; pages of the files are the page cache's. On a GPU the packed bytes. Where
+    a weight is packed otherwise, as a load takes for it.
     """
     clock = Clock()
     with Meter() as meter, torch.no_grad():
@@ -80,13 +80,14 @@ def reopen(
         construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         clock.lap("plan")
         model = build_placeholder(source, getattr(torch, dtype), **construct)
-        source = _turned(source, model)
         match = match_tensors(model, source, strict=strict)
-        names = {target: fill.sources[0].name for fill in match.fills for target in fill.targets}
+        filled = _by_target(match)
+        names = {target: [info.name for fill in fills for info in fill.sources] for target, fills in filled.items()}
+        otherwise = {target for target, fills in filled.items() if not _lies_so(model, target, fills)}
         asked = Plan(
             model_id=source.model_id,
             resolved=source.resolved,
-            recipe=renamed(recipe, names),
+            recipe=renamed(recipe, names, otherwise),
             budget=budget,
             dtype=dtype,
             tensors=(),
@@ -100,7 +101,10 @@ def reopen(
         read = tuple(fill for fill in match.fills if fill.targets[0] not in mapper.mapped)
         with mapper:  # until what GPUs do has ended
             if read:
-                with Stream(read, mapper.place, worker_count(read), drop_page_cache) as stream:
+                on_gpus = any(tensor.device != "cpu" for tensor in plan.tensors)
+                sizes = (GPU_CHUNK_BYTES, GPU_RING_BYTES) if on_gpus else (CACHED_BYTES, RING_BYTES)
+                devices = plan.device_map if on_gpus else {}
+                with Stream(read, mapper.place, worker_count(read, *sizes), drop_page_cache, None, *sizes, devices) as stream:
                     for _ in stream:
                         pass
         mapper.require_finite()
@@ -128,7 +132,7 @@ def reopen(
 
 
 class Mapper(Placer):
-    """Puts views of mapped files into a model; what is no view of a file is placed as in a load.
+    """Puts views of mapped files into a model; what is no view of a file, and what is packed otherwise, is placed as in a load.
 
     Args:
         model: A placeholder with its layers swapped.
@@ -145,33 +149,27 @@ class Mapper(Placer):
         self.copied_bytes = 0
         """Bytes of those that had to be copied."""
         devices = {tensor.name: tensor.device for tensor in plan.tensors}
-        stacks: dict[str, list[Fill]] = {}
-        for fill in match.fills:
-            target, info = fill.targets[0], fill.sources[0]
+        kept = plan.recipe.formats if isinstance(plan.recipe, KeptRecipe) else {}
+        for target, fills in _by_target(match).items():
             path, _, leaf = target.rpartition(".")
-            owner = model.get_submodule(path)
-            if isinstance(owner._modules.get(leaf), PackedStack):
-                stacks.setdefault(target, []).append(fill)
+            owner, info = model.get_submodule(path), fills[0].sources[0]
+            stack = owner._modules.get(leaf)
+            is_packed = isinstance(stack, PackedStack) or (isinstance(owner, QuantLinear) and leaf == "weight")
+            if is_packed and kept.get(target) is None:
                 continue
-            if isinstance(owner, QuantLinear) and leaf == "weight":
-                if not isinstance(info, PackedTensor):
-                    raise CorruptCheckpoint(f"{info.path.name}: tensor {info.name!r} is not packed, though others are.")
-                if not is_stored_so(owner, fill):
-                    raise NotAsStored(f"{info.path.name}: {info.name!r} is not {target!r} as it is.")
+            if isinstance(stack, PackedStack):
+                for name, tensor in stacked(stack, fills, files).items():
+                    self._put(stack, name, tensor, devices[target], files)
+            elif isinstance(owner, QuantLinear) and leaf == "weight":
+                assert isinstance(info, PackedTensor)
                 parts = {part.role: files.tensor(part.stored) for part in info.parts}
                 for name, tensor in from_stored(owner.format, info, parts, owner.in_features, owner.dtype).items():
                     self._put(owner, name, tensor, devices[target], files)
-            elif _is_plain(fill):
+            elif len(fills) == 1 and _is_plain(fills[0]):
                 held: Tensor = getattr(owner, leaf)
                 self._put(owner, leaf, files.tensor(info).to(held.dtype), devices[target], files)
             else:
                 continue
-            self.mapped.add(target)
-        for target, fills in stacks.items():
-            stack = model.get_submodule(target)
-            assert isinstance(stack, PackedStack)
-            for name, tensor in stacked(stack, fills, files).items():
-                self._put(stack, name, tensor, devices[target], files)
             self.mapped.add(target)
         rest = tuple(tensor for tensor in plan.tensors if tensor.name not in self.mapped)
         super().__init__(model, dataclasses.replace(plan, tensors=rest))
@@ -205,16 +203,22 @@ def _is_plain(fill: Fill) -> bool:
     return whole and not getattr(fill, "spans", ()) and not isinstance(info, PackedTensor)
 
 
-def _turned(source: Source, model: PreTrainedModel) -> Source:
-    """The source with the shapes of a Conv1D's weights as the model has them: packed weights are stored rows first."""
-    turned = {path for path, module in model.named_modules() if isinstance(module, Conv1D)}
-    prefix = f"{model.base_model_prefix}."
-    tensors = dict(source.tensors)
-    for name, info in source.tensors.items():
-        path = name.removesuffix(".weight")
-        if isinstance(info, PackedTensor) and turned & {path, prefix + path, path.removeprefix(prefix)}:
-            tensors[name] = dataclasses.replace(info, shape=info.shape[::-1])
-    return dataclasses.replace(source, tensors=tensors)
+def _by_target(match: Match) -> dict[str, list[Fill]]:
+    """What fills each tensor of the model."""
+    filled: dict[str, list[Fill]] = {}
+    for fill in match.fills:
+        for target in fill.targets:
+            filled.setdefault(target, []).append(fill)
+    return filled
+
+
+def _lies_so(model: nn.Module, target: str, fills: Sequence[Fill]) -> bool:
+    """Whether what is stored of a tensor is that tensor, or all of its parts in order."""
+    path, _, leaf = target.rpartition(".")
+    owner = model.get_submodule(path)
+    if stack_of(owner, leaf) is not None:
+        return lie_in_order(fills)
+    return len(fills) == 1 and is_stored_so(owner, fills[0])
 
 
 def _device_bytes(model: nn.Module) -> dict[str, int]:

@@ -72,10 +72,10 @@ def as_awq(weight: Tensor) -> Packed:
     return {"qweight": interleaved(codes.t()), "qzeros": interleaved(zero.t()), "scales": scale.t()}, values
 
 
-def as_compressed(weight: Tensor) -> Packed:
-    codes, scale, zero = codes_of(weight, 32)
+def as_compressed(weight: Tensor, group: int = 32) -> Packed:
+    codes, scale, zero = codes_of(weight, group)
     scale = scale.bfloat16()
-    values = (codes - zero.repeat_interleave(32, 1)).bfloat16() * scale.repeat_interleave(32, 1)
+    values = (codes - zero.repeat_interleave(group, 1)).bfloat16() * scale.repeat_interleave(group, 1)
     stored = {"weight_packed": words(codes, 4), "weight_scale": scale, "weight_zero_point": words(zero.t(), 4).t()}
     return stored | {"weight_shape": torch.tensor(weight.shape)}, values
 
@@ -130,7 +130,40 @@ def test_packed_layers_that_the_model_has_in_parts_are_unpacked(checkpoint, tmp_
     packed, plain = write_both(checkpoint("nomic_bert"), tmp_path, "compressed-tensors")
     assert any("Wqkv" in name for name, info in open_source(packed).tensors.items() if isinstance(info, PackedTensor))
     options = {"dtype": "bfloat16", "device_map": "cpu"}
-    assert_same(qlazy.load_quantized(packed, **options), qlazy.load_quantized(plain, **options))
+    found, requantized = (qlazy.load_quantized(folder, **options).state_dict() for folder in (packed, plain))
+    stored = load_file(packed / "model.safetensors")
+    for number in (0, 1):
+        path = f"nomic_bert.layers.{number}.self_attn."
+        for name in (f"{path}{x}_proj.weight_packed" for x in "qkv"):
+            assert torch.equal(found[name], requantized[name])
+        (name,) = [name for name in stored if name.endswith("out_proj.weight_packed") and f"layers.{number}." in name]
+        assert torch.equal(found[f"{path}o_proj.weight_packed"], stored[name]), "what the model has as it is stored is kept"
+
+
+def test_only_what_cannot_be_kept_is_requantized(checkpoint, tmp_path):
+    packed, plain = write_both(checkpoint("llama"), tmp_path, "compressed-tensors")
+    fine, stored = {"targets": ["re:.*down_proj"], "weights": INT4 | {"group_size": 16}}, all_tensors(checkpoint("llama"))
+
+    def change(tensors, said):
+        said["config_groups"] = {"group_0": fine, "group_1": said["config_groups"]["group_0"]}
+        for name in [name.removesuffix("weight") for name in stored if "down_proj" in name]:
+            tensors.update({f"{name}{end}": part for end, part in as_compressed(stored[f"{name}weight"], 16)[0].items()})
+
+    damaged(packed, change)
+    values = load_file(plain / "model.safetensors")
+    values |= {name: as_compressed(tensor, 16)[1] for name, tensor in stored.items() if "down_proj" in name}
+    save_file(values, plain / "model.safetensors", metadata={"format": "pt"})
+    options = {"dtype": "bfloat16", "device_map": "cpu"}
+    model, requantized = (qlazy.load_quantized(folder, **options) for folder in (packed, plain))
+    found, expected, held = model.state_dict(), requantized.state_dict(), load_file(packed / "model.safetensors")
+    for name in found:
+        if name.endswith("weight_packed"):
+            assert torch.equal(found[name], (expected if "down_proj" in name else held)[name]), name
+    packed_down = [info for info in open_source(packed).tensors.values() if "down_proj" in info.name]
+    assert model.qlazy_report.bytes_read == sum(info.nbytes for info in packed_down) > 0
+    planned = {t.name: (t.format, t.reason) for t in model.qlazy_report.plan.tensors if t.format}
+    assert planned == {t.name: (t.format, t.reason) for t in qlazy.plan(packed, **options).tensors if t.format}
+    assert {reason for name, (_, reason) in planned.items() if "down_proj" in name} == {"packed otherwise in the files"}
 
 
 def test_targets_that_could_take_for_ever_are_refused(checkpoint, tmp_path):
