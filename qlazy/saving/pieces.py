@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +26,7 @@ from qlazy.planning.plan import Plan, TensorPlan
 from qlazy.saving.expert_names import ExpertRows, expert_names
 from qlazy.saving.layout_config import Layout, quantization_config
 from qlazy.saving.layouts import misfit
+from qlazy.saving.shards import shard_names
 from qlazy.sources.source import Source
 
 
@@ -119,25 +120,24 @@ class _HasBytes(Protocol):
 _Bytes = TypeVar("_Bytes", bound=_HasBytes)
 
 
-def cut_shards(pieces: Iterable[_Bytes], shard_bytes: int) -> Iterator[list[_Bytes]]:
+def cut_shards(pieces: Iterable[_Bytes], shard_bytes: int) -> dict[str, list[_Bytes]]:
     """Put pieces into shards.
 
     Args:
         pieces: In order.
         shard_bytes: Bytes of a shard; more only where one piece has more.
-    Yields:
-        The pieces of each shard.
+    Returns:
+        The pieces of each shard by the name of its file, in order.
     """
-    shard: list[_Bytes] = []
+    shards: list[list[_Bytes]] = []
     held = 0
     for piece in pieces:
-        if shard and held + piece.nbytes > shard_bytes:
-            yield shard
-            shard, held = [], 0
-        shard.append(piece)
+        if not shards or held + piece.nbytes > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(piece)
         held += piece.nbytes
-    if shard:
-        yield shard
+    return dict(zip(shard_names(len(shards)), shards, strict=True))
 
 
 def require_layout_fits(pieces: Iterable[Piece], layout: Layout) -> None:

@@ -41,7 +41,7 @@ from qlazy.saving.layouts import default_layout
 from qlazy.saving.outputs import stored
 from qlazy.saving.pieces import cut_shards, describe, make_pieces, require_layout_fits
 from qlazy.saving.saved import SaveReport, already_saved
-from qlazy.saving.shards import index_json, shard_names, shard_pieces
+from qlazy.saving.shards import index_json, shard_pieces
 from qlazy.sensitivity import measured
 from qlazy.sources.safetensors import read_header
 from qlazy.sources.source import Source
@@ -124,9 +124,8 @@ def save(
                 find_decoder(model),
             )
             pieces = walk.in_blocks(pieces)
-        shards = list(cut_shards(pieces, shard_bytes))
-        names = shard_names(len(shards))
-        resumed = len(partial.done.keys() & set(names))
+        shards = cut_shards(pieces, shard_bytes)
+        resumed = len(partial.done.keys() & shards.keys())
         total, before = sum(fill.nbytes for fill in match.fills), 0
 
         def reading(done: int) -> None:
@@ -135,7 +134,7 @@ def save(
                 stage = "read" if walk is None else "calibrate"
                 on_progress(Progress(stage=stage, done_bytes=before + done, total_bytes=total, host_bytes=host))
 
-        for name, shard in zip(names, shards, strict=True):
+        for name, shard in shards.items():
             if name not in partial.done:
                 filled = walk.fill(shard, reading) if walk is not None else set()
                 tensors = fill_shard(model, plan, shard, layout, drop_page_cache, reading, filled)
@@ -146,7 +145,7 @@ def save(
             before += sum(fill.nbytes for piece in shard for fill in piece.fills)
         if walk is not None:
             walk.end()
-        nbytes = write_index(partial, names)
+        nbytes = write_index(partial, list(shards))
         beside = gguf_companions(source, model) if source.gguf_file else companions(source.folder or Path())
         for name, content in beside:
             partial.write(name, [content], journal=False)

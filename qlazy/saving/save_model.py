@@ -31,7 +31,7 @@ from qlazy.saving.outputs import stored
 from qlazy.saving.pieces import cut_shards, hub_names, renamed
 from qlazy.saving.save import SHARD_BYTES, write_index
 from qlazy.saving.saved import SaveReport
-from qlazy.saving.shards import shard_names, shard_pieces
+from qlazy.saving.shards import shard_pieces
 from qlazy.sources.source import Source
 
 
@@ -77,12 +77,11 @@ def save_model(
     read = [source.folder] if source is not None and source.folder is not None else []
     # Nothing tells whether a model is the same as that of an earlier attempt: each begins anew.
     with writing(folder, uuid.uuid4().hex, force=force, sources=read) as partial, torch.no_grad():
-        shards = list(cut_shards(_held(model), shard_bytes))
-        names = shard_names(len(shards))
-        for name, shard in zip(names, shards, strict=True):
+        shards = cut_shards(_held(model), shard_bytes)
+        for name, shard in shards.items():
             tensors = {key: tensor for held in shard for key, tensor in held.tensors(layout).items()}
             partial.write(name, shard_pieces(stored(tensors), {"format": "pt"}))
-        nbytes = write_index(partial, names)
+        nbytes = write_index(partial, list(shards))
         for name, content in _companions(model, source):
             partial.write(name, [content])
         if model.can_generate() and "generation_config.json" not in partial.done:
