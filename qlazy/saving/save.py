@@ -14,12 +14,10 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlazy import __version__
 from qlazy.calibrating.blocks import find_decoder
 from qlazy.calibrating.calibration import Calibration
 from qlazy.calibrating.walk import Walk, require_integers
@@ -28,7 +26,7 @@ from qlazy.memory import anonymous_bytes, trim_heap
 from qlazy.place import empty
 from qlazy.placeholder import build_placeholder
 from qlazy.planning.budget import Budget
-from qlazy.planning.plan import Plan, make_plan, resolve_dtype
+from qlazy.planning.plan import make_plan, resolve_dtype
 from qlazy.planning.recipe import Recipe
 from qlazy.report import Progress
 from qlazy.saving.calibrated import CalibratedSave
@@ -40,7 +38,7 @@ from qlazy.saving.layout_config import Layout
 from qlazy.saving.layouts import default_layout
 from qlazy.saving.outputs import stored
 from qlazy.saving.pieces import cut_shards, describe, make_pieces, require_layout_fits
-from qlazy.saving.saved import SaveReport, already_saved
+from qlazy.saving.saved import SaveReport, already_saved, make_manifest
 from qlazy.saving.shards import index_json, shard_pieces
 from qlazy.sensitivity import measured
 from qlazy.sources.safetensors import read_header
@@ -155,7 +153,9 @@ def save(
             config = model.config.to_dict() | {"architectures": [type(model).__name__]}
             config.pop("_name_or_path", None)
         partial.commit(
-            make_manifest(layout, plan, model_id=source.resolved, revision=source.revision, files=fingerprint(source)) | told,
+            make_manifest(layout, plan.dtype, model_id=source.resolved, revision=source.revision, files=fingerprint(source))
+            | {"recipe": repr(plan.recipe)}
+            | told,
             config_json(config, said, plan.dtype),
         )
     return SaveReport(
@@ -186,23 +186,3 @@ def write_index(partial: PartialFolder, names: Sequence[str]) -> int:
     if len(names) > 1:
         partial.write("model.safetensors.index.json", [index_json(headers, nbytes)], journal=False)
     return nbytes
-
-
-def make_manifest(layout: Layout, plan: Plan, **source: Any) -> dict[str, Any]:
-    """What a manifest says beside the key and the files.
-
-    Args:
-        layout: Whose layout.
-        plan: What the folder holds.
-        **source: Where that comes from.
-    Returns:
-        Data for JSON.
-    """
-    return {
-        "schema": 1,
-        "made_by": f"qlazy {__version__}",
-        "source": source,
-        "recipe": repr(plan.recipe),
-        "layout": layout,
-        "dtype": plan.dtype,
-    }

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from qlazy import __version__
 from qlazy.errors import UnsupportedModel, UsageError
 from qlazy.formats import Format, packed_nbytes
 from qlazy.layers.packed_stack import PackedStack
@@ -30,7 +29,7 @@ from qlazy.saving.layouts import cut_rows, default_layout, misfit, to_stored
 from qlazy.saving.outputs import stored
 from qlazy.saving.pieces import cut_shards, hub_names, renamed
 from qlazy.saving.save import SHARD_BYTES, write_index
-from qlazy.saving.saved import SaveReport
+from qlazy.saving.saved import SaveReport, make_manifest
 from qlazy.saving.shards import shard_pieces
 from qlazy.sources.source import Source
 
@@ -91,9 +90,8 @@ def save_model(
         config["architectures"] = [type(model).__name__]
         config.pop("_name_or_path", None)
         dtype = str(model.dtype).removeprefix("torch.")
-        manifest = {"schema": 1, "made_by": f"qlazy {__version__}", "layout": layout, "dtype": dtype}
         origin = source.resolved if source is not None else model.config.name_or_path
-        partial.commit(manifest | {"source": {"model_id": origin}}, config_json(config, model_config(layout, model), dtype))
+        partial.commit(make_manifest(layout, dtype, model_id=origin), config_json(config, model_config(layout, model), dtype))
     return SaveReport(
         folder=partial.folder,
         layout=layout,

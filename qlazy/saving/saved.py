@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlazy import __version__
 from qlazy.calibrating.calibration import Calibrated
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UsageError
 from qlazy.saving.durable import hash_file
@@ -43,6 +44,19 @@ class SaveReport:
         return (
             f"{self.folder}: {format_bytes(self.nbytes)} in {files}{resumed}, {self.layout}, {self.seconds:.1f} s{calibrated}"
         )
+
+
+def make_manifest(layout: str, dtype: str, **source: Any) -> dict[str, Any]:
+    """What every manifest says beside the key and the files.
+
+    Args:
+        layout: Whose layout.
+        dtype: Torch dtype name of what is not quantized.
+        **source: What the weights are of.
+    Returns:
+        Data for JSON.
+    """
+    return {"schema": 1, "made_by": f"qlazy {__version__}", "source": source, "layout": layout, "dtype": dtype}
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
