@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from qlazy import configs
 from qlazy.errors import UsageError
+from qlazy.planning.recipe import make_recipe
 
-RECIPE_FIELDS = (
-    "bits",
-    "format",
-    "group_size",
-    "symmetric",
-    "double_quant",
-    "head_bits",
-    "embedding_bits",
-    "module_bits",
-    "modules_to_not_convert",
-    "target_size",
-    "target_bpw",
-)
+RECIPE_FIELDS = tuple(inspect.signature(make_recipe).parameters)
 """What a recipe says, in a file, on the command line and in Python."""
 
 
