@@ -13,7 +13,7 @@ from qlazy.planning.budget import make_budget
 from qlazy.planning.kept import keep
 from qlazy.planning.plan import Plan, make_plan
 from qlazy.planning.recipe import make_recipe
-from qlazy.report import Progress
+from qlazy.report import Progress, downloading
 from qlazy.sources.source import open_source
 from qlazy.trace import Trace, span
 
@@ -197,10 +197,6 @@ def load_quantized(
         target_bpw=target_bpw,
     )
 
-    def downloading(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(Progress(stage="download", done_bytes=done, total_bytes=total, host_bytes=0))
-
     taken = None if trace is None else Trace(trace)
     with span(taken, "resolve"):
         source = open_source(
@@ -210,7 +206,7 @@ def load_quantized(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             config_only=random_init,
-            on_progress=downloading,
+            on_progress=downloading(on_progress),
         )
     model = load(
         source,

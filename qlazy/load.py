@@ -23,7 +23,7 @@ from qlazy.errors import UsageError
 from qlazy.finish import finish
 from qlazy.layers.storage import taken_ahead
 from qlazy.match import match_tensors
-from qlazy.memory import Meter, anonymous_bytes
+from qlazy.memory import Meter
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder, eager_values
 from qlazy.planning.budget import Budget
@@ -157,7 +157,7 @@ def load(
             total = sum(fill.nbytes for fill in match.fills)
             for done in stream:
                 if on_progress is not None:
-                    on_progress(Progress(stage="read", done_bytes=done, total_bytes=total, host_bytes=anonymous_bytes()))
+                    on_progress(Progress(stage="read", done_bytes=done, total_bytes=total))
         placer.require_finite()
         clock.lap("stream")
         missing = eager_values(source, getattr(torch, plan.dtype), match.missing, **construct)

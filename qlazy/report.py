@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlazy.memory import anonymous_bytes
 from qlazy.planning.plan import Plan, TensorPlan, to_json
 from qlazy.sizes import format_bytes
 
@@ -16,13 +17,26 @@ class Progress:
     """How far a load has come, a few times a second."""
 
     stage: str
-    """`download` or `read`."""
+    """`download`, `read`, or `calibrate`, which reads too."""
     done_bytes: int
     """Bytes of this stage that are done."""
     total_bytes: int
     """Bytes of this stage in all."""
-    host_bytes: int
+    host_bytes: int = field(default_factory=anonymous_bytes)
     """Anonymous host memory of the process now."""
+
+
+def downloading(on_progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
+    """What `open_source` calls with bytes downloaded and bytes to download.
+
+    Args:
+        on_progress: What the user gave.
+    Returns:
+        A function that tells it.
+    """
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(Progress(stage="download", done_bytes=done, total_bytes=total))
 
 
 @dataclass(kw_only=True)
@@ -32,7 +46,7 @@ class LoadReport:
     plan: Plan
     """The plan it followed, made from the model itself."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage: plan, build, stream, finish, total."""
+    """Seconds by stage: plan, measure (for a target), build, stream, finish, total."""
     bytes_read: int = 0
     """Bytes read from the checkpoint."""
     device_bytes: dict[str, int] = field(default_factory=dict)

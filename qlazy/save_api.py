@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlazy.calibrating.calibration import Calibration
 from qlazy.errors import UsageError
 from qlazy.planning.recipe import Recipe, make_recipe
-from qlazy.report import Progress
+from qlazy.report import Progress, downloading
 from qlazy.saving.layout_config import require_layout
 from qlazy.saving.saved import SaveReport
 from qlazy.sizes import parse_bytes
@@ -118,17 +118,13 @@ def save_quantized(
         target_bpw=target_bpw,
     )
 
-    def downloading(done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(Progress(stage="download", done_bytes=done, total_bytes=total, host_bytes=0))
-
     source = open_source(
         model,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
-        on_progress=downloading,
+        on_progress=downloading(on_progress),
     )
     from qlazy.saving.save import save
 

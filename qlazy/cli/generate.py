@@ -20,10 +20,9 @@ from qlazy.cli.progress import Display
 from qlazy.compiled import cache_room, compile_decoding, warm_up
 from qlazy.errors import UnsupportedModel, UsageError
 from qlazy.load import load as load_source
-from qlazy.memory import anonymous_bytes
 from qlazy.planning.budget import make_budget
 from qlazy.planning.recipe import make_recipe
-from qlazy.report import LoadReport, Progress
+from qlazy.report import LoadReport, downloading
 from qlazy.sources.source import Source, open_source
 from qlazy.trace import Trace
 
@@ -231,11 +230,7 @@ def fetch(source: Source, options: Options, display: Display) -> Source:
     """
     if source.folder is not None:
         return source
-
-    def downloaded(done: int, total: int) -> None:
-        display(Progress(stage="download", done_bytes=done, total_bytes=total, host_bytes=anonymous_bytes()))
-
-    return open_source(source.model_id, on_progress=downloaded, **options.source_arguments())
+    return open_source(source.model_id, on_progress=downloading(display), **options.source_arguments())
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -21,7 +21,7 @@ from qlazy.layers.quant_linear import QuantLinear
 from qlazy.layers.stacks import stack_of
 from qlazy.match import Match, match_tensors
 from qlazy.matching.fill import Fill, is_stored_so
-from qlazy.memory import Meter, anonymous_bytes
+from qlazy.memory import Meter
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder, eager_values
 from qlazy.planning.budget import Budget
@@ -111,7 +111,7 @@ def reopen(
         clock.lap("stream")
         total = sum(fill.nbytes for fill in match.fills)
         if on_progress is not None:
-            on_progress(Progress(stage="read", done_bytes=total, total_bytes=total, host_bytes=anonymous_bytes()))
+            on_progress(Progress(stage="read", done_bytes=total, total_bytes=total))
         missing = eager_values(source, getattr(torch, dtype), match.missing, **construct)
         model = finish(model, plan, match, mapper, source, missing)
         clock.lap("finish")

@@ -22,7 +22,7 @@ from qlazy.calibrating.blocks import find_decoder
 from qlazy.calibrating.calibration import Calibration
 from qlazy.calibrating.walk import Walk, require_integers
 from qlazy.match import match_tensors
-from qlazy.memory import anonymous_bytes, trim_heap
+from qlazy.memory import trim_heap
 from qlazy.place import empty
 from qlazy.placeholder import build_placeholder
 from qlazy.planning.budget import Budget
@@ -128,9 +128,8 @@ def save(
 
         def reading(done: int) -> None:
             if on_progress is not None:
-                host = anonymous_bytes()
                 stage = "read" if walk is None else "calibrate"
-                on_progress(Progress(stage=stage, done_bytes=before + done, total_bytes=total, host_bytes=host))
+                on_progress(Progress(stage=stage, done_bytes=before + done, total_bytes=total))
 
         for name, shard in shards.items():
             if name not in partial.done:
