@@ -39,6 +39,9 @@ EXIT_CODES = {
 ORDER = ("plan", "load", "save", "run", "chat", "bench", "ppl", "tune", "doctor", "configs", "models")
 """Commands in the order of the help text."""
 
+ALIASES = {"quantize": "save"}
+"""Other names of commands."""
+
 _UsageProblem: type = typer.BadParameter.__mro__[1]
 """What typer raises for every error in the arguments; it has no public name."""
 
@@ -72,6 +75,17 @@ class Commands(TyperGroup):
             The names in `ORDER`.
         """
         return sorted(self.commands, key=ORDER.index)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command by its name.
+
+        Args:
+            ctx: Typer's context.
+            cmd_name: Its name, or another one of it.
+        Returns:
+            The command.
+        """
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that a command line names.

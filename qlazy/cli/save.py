@@ -37,7 +37,6 @@ _IDLE = (
 """Options of a load that a save has no use for."""
 
 
-@app.command("quantize", hidden=True)
 @app.command(
     epilog="Examples:\nqlazy save demo demo-int4\nqlazy save demo demo-int4 --calibrate\n"
     "qlazy save llama-8b llama-8b-nf4 --as bitsandbytes\n"
@@ -73,7 +72,7 @@ def save(
     seed: Annotated[int | None, typer.Option(help=f"Of the text that the model writes (default {Calibration.seed}).")] = None,
     options: Options,
 ) -> None:
-    """Quantize MODEL into FOLDER, which qlazy, transformers and vLLM open; goes on where it was cut off."""
+    """Quantize MODEL into FOLDER, for qlazy, transformers and vLLM; goes on where it was cut off. Also `qlazy quantize`."""
     calibration = _calibration(calibrate, file=calibration_file, samples=samples, sequence_length=sequence_length, seed=seed)
     idle = [name for name in _IDLE if getattr(options, name) != getattr(Options(), name)]
     if idle:

@@ -43,3 +43,15 @@ def test_cache(qlazy, tiny, tmp_path):
     second = qlazy("load", tiny, "--cache", "--prompt", "", "--json", env=settings)
     assert first.code == second.code == 0
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_calibrated_on_a_file(qlazy, tiny, tmp_path):
+    file = tmp_path / "text"
+    file.write_text("the sea and the sky " * 40)
+    options = ["--samples", "2", "--sequence-length", "16"]
+    done = qlazy("quantize", tiny, tmp_path / "saved", "--calibration-file", file, *options)
+    assert done.code == 0 and "Calibrated: " in done.err and "on 2 x 16 tokens" in done.err
+    report = qlazy("save", tiny, tmp_path / "own", "--calibrate", *options, "--json")
+    assert report.code == 0 and report.json["calibrated"]["sequences"] == 2
+    done = qlazy("save", tiny, tmp_path / "other", *options)
+    assert done.code == 2 and "--samples, --sequence-length belongs to a calibration" in done.err

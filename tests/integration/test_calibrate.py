@@ -1,0 +1,222 @@
+"""Calibrated saves: better on the text that they were calibrated on, resumable to the byte, and within their memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import qlazy
+from qlazy.calibrating.calibration import Calibration
+from qlazy.calibrating.walk import Walk
+from qlazy.errors import UnsupportedModel, UsageError
+from qlazy.planning.recipe import make_recipe
+from qlazy.saving.save import save
+from qlazy.saving.saved import read_manifest, verify
+from qlazy.sources.source import open_source
+from tests.integration.conftest import stored
+
+SMALL = Calibration(samples=8, sequence_length=32)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlazy.calibrating.walk.TOKENS", 64)
+
+
+def text(samples: int = 8) -> Tensor:
+    return torch.randint(3, 256, (samples, 32), generator=torch.Generator().manual_seed(0))
+
+
+def calibrated(source: Path, folder: Path, tokens: Any = text, **options: Any) -> Any:
+    return save(open_source(source), make_recipe(), folder, calibration=SMALL, text=tokens, shard_bytes=60_000, **options)
+
+
+def same(one: Path, other: Path) -> bool:
+    files = {path.name for path in one.iterdir()}
+    return files == {path.name for path in other.iterdir()} and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in files
+    )
+
+
+@torch.no_grad()
+def loss(folder: Path, reference: Path) -> float:
+    """KL on the calibration text."""
+    model = qlazy.load_quantized(folder, device_map="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(reference)
+    tokens = text()
+    wanted, got = (m(tokens).logits.double().log_softmax(-1) for m in (plain, model))
+    return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_better_on_its_text_and_reopened_as_it_was_saved(checkpoint, tmp_path, name):
+    source = checkpoint(name)
+    report = calibrated(source, tmp_path / "calibrated")
+    qlazy.save_quantized(source, tmp_path / "plain", max_shard_size=60_000)
+    one, other = stored(tmp_path / "calibrated"), stored(tmp_path / "plain")
+    assert {key: t.shape for key, t in one.items()} == {key: t.shape for key, t in other.items()}
+    unlike = {key for key in one if not torch.equal(one[key], other[key])}
+    assert unlike and all(".layers." in key or ".h." in key for key in unlike)
+    assert loss(tmp_path / "calibrated", source) < 0.9 * loss(tmp_path / "plain", source)
+    verify(tmp_path / "calibrated")
+    assert report.calibrated.blocks == 2 and report.calibrated.sequences == 8 and report.calibrated.tokens == 32
+    packed = sum(t.numel() for key, t in one.items() if key.endswith("weight_packed") and "head" not in key)
+    assert report.calibrated.weights == 8 * packed
+    assert report.calibrated.plain == ({} if name == "gpt2" else {"lm_head.weight": "in no block"})
+
+
+def test_every_layout_holds_what_is_calibrated(checkpoint, tmp_path):
+    options = {"calibrate": Calibration(samples=2, sequence_length=8), "max_shard_size": 60_000}
+    qlazy.save_quantized(checkpoint("llama"), tmp_path / "own", head_bits=16, symmetric=True, **options)
+    qlazy.save_quantized(checkpoint("llama"), tmp_path / "gptq", layout="gptq", **options)
+    models = [qlazy.load_quantized(tmp_path / name, device_map="cpu") for name in ("own", "gptq")]
+    tensors = [dict(m.named_parameters()) | dict(m.named_buffers()) for m in models]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def test_the_manifest_and_the_folder_say_how(checkpoint, tmp_path):
+    file = tmp_path / "text"
+    own = Calibration(samples=2, sequence_length=8, seed=5)
+    qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", calibrate=own)
+    manifest = read_manifest(tmp_path / "saved")
+    assert manifest is not None
+    assert manifest["calibration"] == {"samples": 2, "sequence_length": 8, "text": "its own", "seed": 5}
+    told = json.loads((tmp_path / "saved/calibration.json").read_text())
+    assert torch.tensor(told["tokens"]).shape == (2, 8) and "calibration.json" in manifest["files"]
+    file.write_text("a text")
+    with pytest.raises(UnsupportedModel, match="has no tokenizer"):  # the checkpoint is weights alone
+        qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", calibrate=Calibration(file=file), force=True)
+
+
+def test_the_same_again_is_what_is_there(checkpoint, tmp_path):
+    calibrated(checkpoint("llama"), tmp_path / "saved")
+    before = (tmp_path / "saved/config.json").stat().st_mtime_ns
+    calibrated(checkpoint("llama"), tmp_path / "saved", tokens=None)
+    assert (tmp_path / "saved/config.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_cut_off_and_gone_on_with_gives_the_same_bytes(checkpoint, tmp_path, monkeypatch, block):
+    source = checkpoint("llama")
+    calibrated(source, tmp_path / "whole")
+    walked: list[int] = []
+    step = Walk.step
+
+    def stopping(walk: Walk, *args: Any) -> None:
+        if walk.next == block and not walked[1:]:
+            walked.append(-1)
+            raise KeyboardInterrupt
+        walked.append(walk.next)
+        step(walk, *args)
+
+    monkeypatch.setattr(Walk, "step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(source, tmp_path / "saved")
+    walked[:] = [0, 0]
+
+    def again() -> Tensor:
+        raise AssertionError("the text is there already")
+
+    calibrated(source, tmp_path / "saved", again)
+    assert walked[2:] == list(range(block, 2))
+    assert same(tmp_path / "whole", tmp_path / "saved")
+
+
+def test_goes_on_where_what_goes_into_the_next_block_is_lost(checkpoint, tmp_path, monkeypatch):
+    source = checkpoint("llama")
+    calibrated(source, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        step = Walk.step
+
+        def stopping(walk: Walk, *args: Any) -> None:
+            if walk.next == 1:
+                raise KeyboardInterrupt
+            step(walk, *args)
+
+        patch.setattr(Walk, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(source, tmp_path / "saved")
+    (lost,) = (tmp_path / ".saved.qlazy-partial").glob("calibration-inputs-*")
+    lost.unlink()
+    calibrated(source, tmp_path / "saved")
+    assert same(tmp_path / "whole", tmp_path / "saved")
+
+
+def test_experts_that_no_token_comes_to_are_told(checkpoint, tmp_path, monkeypatch):
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+    route = MixtralTopKRouter.forward
+
+    def two_of_four(router: Any, hidden: Tensor) -> Any:
+        logits, weights, index = route(router, hidden)
+        return logits, weights, index % 2
+
+    monkeypatch.setattr(MixtralTopKRouter, "forward", two_of_four)
+    report = calibrated(checkpoint("mixtral"), tmp_path / "saved")
+    assert report.calibrated.plain["model.layers.0.mlp.experts"] == "no token came to 2 of the experts"
+    monkeypatch.undo()
+    monkeypatch.setattr("qlazy.calibrating.experts._NEEDED", ("no_such_attribute",))
+    other = calibrated(checkpoint("mixtral"), tmp_path / "other")
+    reason = "MixtralExperts does not say how its experts compute"
+    assert other.calibrated.plain["model.layers.1.mlp.experts"] == reason and reason in str(other)
+
+
+@pytest.mark.parametrize(("name", "words"), [("t5", "no causal language model"), ("bert", "no causal language model")])
+def test_other_models_are_refused_before_anything_is_written(checkpoint, tmp_path, name, words):
+    with pytest.raises(UnsupportedModel, match=words):
+        qlazy.save_quantized(checkpoint(name), tmp_path / "saved", calibrate=True)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_what_cannot_be_calibrated_is_refused(checkpoint, tmp_path):
+    with pytest.raises(UsageError, match="nf4-dq is bitsandbytes' own rounding"):
+        qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", format="nf4", calibrate=True)
+    loaded = qlazy.load_quantized(checkpoint("llama"), device_map="cpu")
+    with pytest.raises(UsageError, match="is in low bits already"):
+        qlazy.save_quantized(loaded, tmp_path / "saved", calibrate=True)
+
+
+MEMORY = """
+import json, sys
+import torch
+from qlazy.calibrating.calibration import Calibration
+from qlazy.memory import Meter
+from qlazy.planning.recipe import make_recipe
+from qlazy.saving.save import save
+from qlazy.sources.source import open_source
+
+torch.set_num_threads(1)
+torch.nn.Linear(256, 256)(torch.randn(64, 256)) @ torch.randn(256, 256)
+tokens = torch.randint(3, 1000, (8, 64))
+with Meter(interval_s=0.002) as meter:
+    save(open_source(sys.argv[1]), make_recipe(), "saved", calibration=Calibration(samples=8, sequence_length=64),
+         text=lambda: tokens, shard_bytes=1 << 20)
+print(json.dumps(meter.peak_bytes))
+"""
+
+
+def test_holds_one_block_at_a_time(tmp_path, python):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width = 512
+    config = LlamaConfig(
+        vocab_size=16000,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model", max_shard_size="20MB")
+    weights = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    block, curvature, rounding, ring = 2 * 7 * width * width, 3 * 4 * width * width, 6 * 4 * 1024 * width, 24 << 20
+    peak = json.loads(python(MEMORY, tmp_path / "model").stdout)
+    assert peak < block + curvature + rounding + ring + (1 << 20) < 0.7 * weights, f"{peak >> 20} of {weights >> 20} MiB"
