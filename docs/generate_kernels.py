@@ -126,7 +126,7 @@ def dequantize_variants() -> Iterator[Variant]:
             name=f"int8 {'group ' + str(group) if group else 'channel'}, {dtype}",
             module="dequantize",
             kernel="dequantize_int8_kernel",
-            pointers={"index_T": "i8", "packed_NK": "i8", "scale_NG": dtype, "weight_NK": dtype},
+            pointers={"index_T": "u8", "packed_NK": "u8", "scale_NG": dtype, "weight_NK": dtype},
             integers=("start", "stop", "rows", "columns", "groups"),
             fixed={"spans_per_group": 1, "HAS_INDEX": False, "ONE_GROUP": group == 0, "SPAN": group or TILE.block_k} | shape,
         )
@@ -177,7 +177,7 @@ def quantize_variants() -> Iterator[Variant]:
             name=f"int8 {group}, bf16 in",
             module="quantize",
             kernel="quantize_int8_kernel",
-            pointers={"weight_GK": "bf16", "q_GK": "i8", "scale_G": "bf16"},
+            pointers={"weight_GK": "bf16", "code_GK": "u8", "scale_G": "bf16"},
             integers=("groups", "group_size"),
             fixed={"FP8": False, "BLOCK_G": INT8_TILE.block_n * INT8_TILE.block_k // block_k, "BLOCK_K": block_k},
             options=exact,
@@ -217,7 +217,7 @@ def gemm_variants() -> Iterator[Variant]:
         tile = default_tile(tokens, torch.float32 if dtype == "fp32" else torch.bfloat16)
         y = "fp32" if tile.split_k > 1 else dtype
         pointers = {"x_MK": dtype, "scale_NG": dtype, "bias_N": dtype, "y_SMN": y, "zero_NG": "i32"}
-        pointers["packed_NP"] = "i32" if bits == 4 else "i8"
+        pointers["packed_NP"] = "i32" if bits == 4 else "u8"
         span = min(group or tile.block_k, tile.block_k)
         fixed = {"BITS": bits, "ONE_GROUP": group == 0, "HAS_ZERO": zero, "HAS_BIAS": tile.split_k == 1, "SPAN": span}
         fixed |= {"spans_per_group": max(1, group // span)} if group <= span else {}
@@ -266,7 +266,7 @@ def other_variants() -> Iterator[Variant]:
         name="int8 channel, rows by index, bf16",
         module="dequantize",
         kernel="dequantize_int8_kernel",
-        pointers={"index_T": "i64", "packed_NK": "i8", "scale_NG": "bf16", "weight_NK": "bf16"},
+        pointers={"index_T": "i64", "packed_NK": "u8", "scale_NG": "bf16", "weight_NK": "bf16"},
         integers=("start", "stop", "rows", "columns", "groups"),
         fixed={"spans_per_group": 1, "HAS_INDEX": True, "ONE_GROUP": True, "SPAN": TILE.block_k}
         | {"BLOCK_N": TILE.block_n, "BLOCK_K": TILE.block_k},
@@ -304,7 +304,7 @@ def other_variants() -> Iterator[Variant]:
             name=f"int{bits} {'group ' + str(group) + ' zero' if group else 'channel'}, blocks of {block_m}, bf16",
             module="grouped",
             kernel="grouped_gemm_kernel",
-            pointers={"x_MK": "bf16", "index_T": "i32", "packed_ENP": "i32" if bits == 4 else "i8", "scale_ENG": "bf16"}
+            pointers={"x_MK": "bf16", "index_T": "i32", "packed_ENP": "i32" if bits == 4 else "u8", "scale_ENG": "bf16"}
             | {"zero_ENG": "i32", "block_expert": "i32", "block_first": "i32", "expert_end": "i32", "y_TN": "bf16"},
             integers=("experts", "rows", "columns", "words", "groups"),
             fixed={"spans_per_group": 1, "BITS": bits, "ONE_GROUP": group == 0, "HAS_ZERO": zero, "HAS_INDEX": True}
