@@ -24,6 +24,9 @@ ALIGNED = 128
 DAMPING = 0.01
 """What is added to the diagonal of H, as a share of its mean: inputs that were not seen are expected to that extent."""
 
+CORRECTED = 0.5
+"""Share of the drift that weights make up for: all of it would fit the noise of the calibration text too."""
+
 
 def curvature_blocks(columns: int) -> int:
     """How many equal blocks H is cut into along its diagonal: one up to 8192 columns, as few as will do beyond.
@@ -48,9 +51,11 @@ class Curvature:
     """float32 (B, K/B, K/B): blocks along the diagonal of H; or (K,), the diagonal alone."""
     factor: Tensor | None
     """Lower Cholesky factors of the blocks; None for a diagonal."""
+    correction: Tensor | None = None
+    """(B, K/B, K/B): what is added to a weight's columns, as its share of the other columns, against drift."""
 
     @classmethod
-    def from_hessian(cls, hessian: Tensor, *, damping: float = DAMPING) -> Curvature:
+    def from_hessian(cls, hessian: Tensor, *, damping: float = DAMPING, drift: Tensor | None = None) -> Curvature:
         """Damps and factorizes H.
 
         Columns that were never anything but zero need no care: damping alone gives them a small cost of their own. Where
@@ -60,14 +65,17 @@ class Curvature:
             hessian: float32 (K, K), or (B, K/B, K/B) for blocks along the diagonal; the mean of x x^T or its sum, as only
                 proportions matter. It is overwritten and kept.
             damping: Share of the mean of the diagonal that is added to it.
+            drift: Of the shape of H, the mean of (y - x) x^T, or its sum where H is one: x is what the layer gets now that the
+                layers before it are quantized, y what it got from them in 16 bits. Weights are then moved, before they are
+                rounded, towards those that answer x as they answered y. It is overwritten.
 
         Returns:
             What `quantize_calibrated` takes.
 
         Raises:
-            UsageError: H has another shape, or is not finite.
+            UsageError: H or the drift has another shape, or is not finite.
 
-        Memory: as many bytes as H has for the factor; four times a block where it takes float64.
+        Memory: as many bytes as H has for the factor, and again for a drift; four times a block where it takes float64.
         """
         blocks = hessian.unsqueeze(0) if hessian.dim() == 2 else hessian
         if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2] or blocks.dtype != torch.float32:
@@ -82,7 +90,28 @@ class Curvature:
         factor = torch.empty_like(blocks)
         for block, out in zip(blocks, factor, strict=True):
             _factorize(block, out, damping)
-        return cls(hessian=blocks, factor=factor)
+        if drift is None:
+            return cls(hessian=blocks, factor=factor)
+        if drift.shape != hessian.shape or drift.dtype != torch.float32 or not bool(torch.isfinite(drift).all()):
+            raise UsageError(f"A drift of shape {tuple(drift.shape)} in {drift.dtype} is not that of H, or it is not finite.")
+        correction = drift.view_as(blocks)
+        for block, lower in zip(correction, factor, strict=True):
+            block.copy_(torch.cholesky_solve(block.T, lower))
+        return cls(hessian=blocks, factor=factor, correction=correction.mul_(CORRECTED))
+
+    def corrected(self, planes: Tensor) -> Tensor:
+        """Weights that make up for the drift of their inputs.
+
+        Args:
+            planes: float32 (K, rows).
+
+        Returns:
+            The same where there was no drift to make up for; else new ones.
+        """
+        if self.correction is None:
+            return planes
+        parts = planes.view(len(self.correction), -1, planes.shape[1])
+        return torch.baddbmm(parts, self.correction, parts).view_as(planes)
 
     @classmethod
     def from_diagonal(cls, diagonal: Tensor, *, damping: float = DAMPING) -> Curvature:

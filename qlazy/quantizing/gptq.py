@@ -100,6 +100,7 @@ def store_calibrated(
         count = tile.stop - tile.start
         planes = torch.zeros((columns, count + -count % 32), dtype=torch.float32, device=weight_NK.device)
         planes[:, :count] = weight_NK[tile].t()
+        planes = curvature.corrected(planes)
         rounded = round_rows(planes, curvature, grid, group, scale_out.dtype)
         descend(planes, rounded, curvature, grid, scale_out.dtype)
         scale_out[tile] = rounded.scale[:, :count].t().to(scale_out.dtype)

@@ -141,7 +141,8 @@ def test_descent_makes_no_row_worse() -> None:
 
 @pytest.mark.parametrize("fmt", [Int4(), Int8(group_size=32)], ids=lambda fmt: fmt.name)
 def test_bytes_do_not_depend_on_the_piece_of_rows(fmt: Int4 | Int8) -> None:
-    weight, curvature = random_weight(60, 256), Curvature.from_hessian(correlated(256))
+    weight = random_weight(60, 256)
+    curvature = Curvature.from_hessian(correlated(256), drift=0.1 * correlated(256, seed=7))
     whole = quantize_calibrated(weight, fmt, curvature, scale_dtype=torch.float16)
     pieces = [
         quantize_calibrated(weight[a:b], fmt, curvature, scale_dtype=torch.float16) for a, b in ((0, 8), (8, 48), (48, 60))
@@ -225,6 +226,8 @@ def test_what_cannot_be_meant_is_refused() -> None:
         quantize_calibrated(torch.zeros(8, 96), Int4(group_size=48), curvature, scale_dtype=torch.bfloat16)
     with pytest.raises(UsageError, match="not finite"):
         Curvature.from_hessian(torch.full((32, 32), torch.inf))
+    with pytest.raises(UsageError, match="not that of H"):
+        Curvature.from_hessian(torch.eye(32), drift=torch.eye(64))
     with pytest.raises(UsageError, match="neither"):
         Curvature.from_hessian(torch.eye(32, dtype=torch.float64))
     with pytest.raises(UsageError, match="diagonal"):
@@ -243,3 +246,25 @@ def test_a_weight_that_is_not_finite_is_told() -> None:
     assert store_calibrated(weight, fmt, curvature, **out)
     weight[3, 40] = torch.nan
     assert not store_calibrated(weight, fmt, curvature, **out)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_weights_make_up_for_the_drift_of_their_inputs(blocks: int) -> None:
+    generator, weight = torch.Generator().manual_seed(3), random_weight(16, 128)
+    before = torch.randn(1024, 128, generator=generator)
+    after = before * 0.9 + 0.1 * before.roll(1, 1) + 0.1 * torch.randn(1024, 128, generator=generator)
+
+    def products(left: Tensor) -> Tensor:
+        return torch.stack([a.T @ b for a, b in zip(left.chunk(blocks, 1), after.chunk(blocks, 1), strict=True)])
+
+    def off(curvature: Curvature) -> float:
+        stored = quantize_calibrated(weight, Int4(), curvature, scale_dtype=torch.bfloat16)
+        return float((before @ weight.T - after @ values(stored, Int4(), weight.shape).T).square().sum())
+
+    still = off(Curvature.from_hessian(products(after)))
+    assert off(Curvature.from_hessian(products(after), drift=products(before - after))) < 0.75 * still
+    # No drift, no difference.
+    same = quantize_calibrated(weight, Int4(), Curvature.from_hessian(products(after)), scale_dtype=torch.bfloat16)
+    none = Curvature.from_hessian(products(after), drift=torch.zeros(blocks, 128 // blocks, 128 // blocks))
+    for name, tensor in quantize_calibrated(weight, Int4(), none, scale_dtype=torch.bfloat16).items():
+        assert torch.equal(tensor, same[name]), name
