@@ -4,6 +4,9 @@ The first use compiles `csrc/` (some seconds) into the cache folder, under a nam
 processor; later runs only open it. Without a compiler, or with `QLAZY_NATIVE=0`, plain PyTorch does the same work: quantizers
 give the same bytes, products the same values within rounding.
 
+Where there is a C++ compiler too, `csrc/op.cpp` is made with it: the op of products of few tokens, as PyTorch calls it without
+Python. The same op exists in Python, see `qlazy/products/ops.py`.
+
 The loops run on PyTorch's own OpenMP threads: the library is linked to no OpenMP runtime, so that the names of the one that
 PyTorch has loaded for everybody are found. A second runtime would bring a second team of threads, and the two would wait for
 each other on the same processors.
@@ -11,6 +14,7 @@ each other on the same processors.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -33,8 +37,12 @@ logger = logging.getLogger(__name__)
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wno-unknown-pragmas")
 """Contraction off: a fused multiply-add would round once where the definition of a quantizer rounds twice."""
 
-THREAD_FLAGS = ("-fopenmp",), ()
-"""Tried in this order: with PyTorch's threads, and on the calling thread alone."""
+OP_FLAGS = ("-O2", "-std=c++17", "-fPIC")
+"""Of `op.cpp`, which computes nothing."""
+
+WITH_OP = "-fopenmp", "op.cpp"
+VARIANTS = WITH_OP, ("-fopenmp",), ()
+"""Tried in this order: on PyTorch's threads with and without the op, and on the calling thread alone."""
 
 _A, _I = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
@@ -71,17 +79,19 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("QLAZY_NATIVE") == "0" or platform.system() != "Linux" or compiler is None:
         return None
     folder = importlib.resources.files("qlazy") / "csrc"
-    sources = {file.name: file.read_text() for file in folder.iterdir() if file.name.endswith((".c", ".h"))}
+    sources = {file.name: file.read_text() for file in folder.iterdir() if file.name.endswith((".c", ".h", ".cpp"))}
+    compilers = compiler, os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlazy"
     said: list[str] = []
     with _compiling:  # all workers of a load ask at the same time; the others find the file
-        for thread_flags in THREAD_FLAGS:
-            flags = (*FLAGS, *thread_flags)
-            parts = (*(part for item in sorted(sources.items()) for part in item), compiler, *flags, torch.__version__)
-            key = hashlib.sha256("\0".join((*parts, platform.machine(), _processor())).encode()).hexdigest()[:16]
-            path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlazy" / f"native-{key}.so"
+        tried = [variant for variant in VARIANTS if compilers[1] or variant is not WITH_OP]
+        paths = {variant: cache / f"native-{_key(sources, compilers, variant)}.so" for variant in tried}
+        # What is there was the best that compiled: what comes before it need not fail once more.
+        for variant in [variant for variant in tried if paths[variant].is_file()][:1] + tried:
+            path = paths[variant]
             try:
                 if not path.is_file() or not path.stat().st_size:
-                    _compile(sources, compiler, flags, path)
+                    _compile(sources, compilers, variant, path)
                 # Bound now, so that a missing OpenMP runtime shows here and not in a product.
                 opened = ctypes.CDLL(str(path), mode=os.RTLD_NOW)
                 for name, argtypes in SIGNATURES.items():
@@ -107,25 +117,40 @@ def on_cpu(*tensors: Tensor | None) -> bool:
     return all(tensor is None or (tensor.device.type == "cpu" and tensor.is_contiguous()) for tensor in tensors)
 
 
-def _compile(sources: dict[str, str], compiler: str, flags: tuple[str, ...], path: Path) -> None:
+def _key(sources: dict[str, str], compilers: tuple[str, str | None], variant: tuple[str, ...]) -> str:
+    """Of everything that the library's bytes depend on."""
+    parts = (*(part for item in sorted(sources.items()) for part in item), *map(str, compilers), *FLAGS, *variant)
+    whole = "\0".join((*parts, torch.__version__, platform.machine(), _processor()))
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def _compile(sources: dict[str, str], compilers: tuple[str, str | None], variant: tuple[str, ...], path: Path) -> None:
     """Compile beside the target and rename: another process never sees half a library."""
+    c, cpp = shlex.split(compilers[0]), shlex.split(compilers[1] or "")
+    flags = *FLAGS, *(flag for flag in variant if flag != "op.cpp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         for name, text in sources.items():
             Path(folder, name).write_text(text)
-        units = sorted(name for name in sources if name.endswith(".c"))
-        objects = [name[:-1] + "o" for name in units]
-        command = shlex.split(compiler)
-        running = [
-            subprocess.Popen([*command, *flags, "-c", unit], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for unit in units
-        ]
-        for process, unit in zip(running, units, strict=True):
-            _, stderr = process.communicate(timeout=120)
-            if process.returncode:
-                raise subprocess.CalledProcessError(process.returncode, f"{compiler} {unit}", stderr=stderr)
+        commands = {name: [*c, *flags, "-c", name] for name in sorted(sources) if name.endswith(".c")}
         # Without the flag for OpenMP, which would link another runtime than PyTorch's.
-        link = [*command, "-shared", "-o", "native.so", *objects, "-lm"]
+        link = ["-shared", "-o", "native.so", *(name[:-1] + "o" for name in commands), "-lm"]
+        if variant is WITH_OP:
+            torch_folder = Path(torch.__file__).parent
+            commands["op.cpp"] = [*cpp, *OP_FLAGS, f"-I{torch_folder / 'include'}", "-c", "op.cpp"]
+            # Named though the linker sees no need: only where a library names PyTorch's are its symbols found.
+            link = [*cpp, *link, "op.o", "-Wl,--no-as-needed", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        else:
+            link = [*c, *link]
+        with contextlib.ExitStack() as running:  # where one fails, the others are waited for
+            compiling = [
+                running.enter_context(subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+                for command in commands.values()
+            ]
+            for process, unit in zip(compiling, commands, strict=True):
+                _, stderr = process.communicate(timeout=600)
+                if process.returncode:
+                    raise subprocess.CalledProcessError(process.returncode, unit, stderr=stderr)
         subprocess.run(link, cwd=folder, check=True, capture_output=True, timeout=60)
         made = Path(folder, "native.so")
         with made.open("rb") as file:

@@ -14,18 +14,6 @@
 #define ONE 32639.0f /* largest code: 127 * 256 + 127, so that both of its bytes have a sign */
 #define MOST 128     /* columns that share a scale, at most; fewer where scales of the weight ask for it */
 
-typedef struct {
-    const uint8_t *packed; /* INT4: (N, K/2), low nibble first; INT8: (N, K); CODEBOOK4: (N * K/2), high nibble first */
-    const void *scale;     /* (N, G); CODEBOOK4: absmax, float32 or where nested uint8 */
-    const int32_t *zero;   /* INT4: (ceil(N/8), G), a nibble for each row; NULL where the zero is 8 */
-    const float *nested_absmax, *nested_offset, *nested_code, *code; /* CODEBOOK4 */
-    const void *x, *bias;  /* (M, K) and (N) or NULL */
-    void *y;               /* (M, N), in the dtype of x */
-    int64_t kind, scale_dtype, x_dtype, bias_dtype;
-    int64_t tokens, rows, columns, group; /* M, N, K; columns that share a scale, a divisor of K */
-    int64_t threads;
-} qlazy_product;
-
 static void load_row(const qlazy_product *p, int64_t m, float *to) {
     const int64_t columns = p->columns;
     if (p->x_dtype == FLOAT32) memcpy(to, (const float *)p->x + m * columns, (size_t)columns * sizeof *to);

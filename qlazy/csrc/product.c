@@ -184,7 +184,6 @@ static int64_t room(int64_t *used, int64_t bytes) {
     return at;
 }
 
-/* 0, or 1 where memory for x could not be had. */
 int64_t qlazy_linear(const qlazy_product *p) {
     shape s = {.per_lane = p->kind == INT8 ? 4 : 8, .block = MOST, .per_row = p->kind == INT8 && p->group == p->columns};
     while (s.block > PIECE && p->group % s.block) s.block -= PIECE;

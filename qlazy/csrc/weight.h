@@ -1,10 +1,8 @@
-/* Kinds of weight, dtypes, and single elements of them, as all loops see them. */
+/* Single elements of weights and scales, as all loops see them. */
 #pragma once
+#include "arguments.h"
 #include "halves.h"
 #include "simd.h"
-
-enum { INT4 = 0, INT8 = 1, CODEBOOK4 = 2 };
-enum { BFLOAT16 = 0, FLOAT32 = 1, FLOAT16 = 2 };
 
 #define PIECE 32 /* divides every group of columns that share a scale */
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from qlazy import native
 from qlazy.formats import Format
 from qlazy.layers.storage import allocate
 from qlazy.products import ops
@@ -63,6 +65,7 @@ class QuantLinear(nn.Module):
         for key, stored in self.storage.items():
             self.register_buffer(key, torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta"))
         self.register_parameter("bias", bias)
+        self._few_elements = ops.few_elements(self._packed(), dtype)
         self._rows_filled = [0]  # in a list, as a module's own attributes are slow to set
         self._lock = threading.Lock()
 
@@ -165,7 +168,15 @@ class QuantLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return product if bias is None else product + bias
-        return self.product(x, bias)
+        return ops.few_tokens(x, self._packed(), bias) if self._few(x) else self.product(x, bias)
+
+    def _few(self, x: Tensor) -> bool:
+        """Whether x goes through the op for few tokens; compiled code must know for good, no second graph is made for it."""
+        if x.dtype is not self.dtype:
+            return False
+        if torch.compiler.is_compiling():
+            return not torch.compiler.is_exporting() and statically_known_true(x.numel() <= self._few_elements)
+        return x.numel() <= self._few_elements and x.is_cpu and native.available()
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`forward` without gradients, through the op of the format.

@@ -115,12 +115,22 @@ def dequantize(weight: Weight, start: int, stop: int, out: Tensor) -> bool:
     return True
 
 
-def _taken(weight: Weight) -> bool:
+def takes(weight: Weight) -> bool:
+    """Whether the loops know this kind of weight, wherever it lies.
+
+    Args:
+        weight: The weight.
+
+    Returns:
+        True where they do.
+    """
     columns, group = weight.shape[1], weight.group_size
-    if columns % 8 or (group % 32 and group != columns) or (weight.kind == CODEBOOK4 and columns % 64):
-        return False
+    return not (columns % 8 or (group % 32 and group != columns) or (weight.kind == CODEBOOK4 and columns % 64))
+
+
+def _taken(weight: Weight) -> bool:
     packed, scale = weight.packed, weight.scale
-    return packed.is_cpu and packed.is_contiguous() and scale.is_contiguous()
+    return takes(weight) and packed.is_cpu and packed.is_contiguous() and scale.is_contiguous()
 
 
 def _addresses(weight: Weight) -> tuple[int, int, int, int, int, int, int]:

@@ -212,3 +212,26 @@ def test_a_compiler_may_have_arguments_and_a_broken_library_is_made_again(
         assert native.available() and made.stat().st_size > 0
     finally:
         native.library.cache_clear()
+
+
+@compiled
+def test_where_the_op_does_not_compile_the_loops_do_and_it_is_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    native.library.cache_clear()
+    tried: list[tuple[str, ...]] = []
+    compile = native._compile
+
+    def counted(sources: dict[str, str], compilers: tuple[str, str | None], variant: tuple[str, ...], path: Path) -> None:
+        tried.append(variant)
+        compile(sources, compilers, variant, path)
+
+    monkeypatch.setattr(native, "_compile", counted)
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("CXX", "/nowhere/c++")
+        assert native.available() and tried == [native.WITH_OP, ("-fopenmp",)]
+        native.library.cache_clear()
+        assert native.available() and len(tried) == 2
+    finally:
+        native.library.cache_clear()

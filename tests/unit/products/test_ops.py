@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlazy import native
 from qlazy.formats import Codebook4, Format, Int4, Int8
@@ -203,6 +204,59 @@ def test_ops_are_what_torch_library_expects(fmt, bias):
     torch.library.opcheck(getattr(torch.ops.qlazy, name).default, (x, *before, layer.bias, *after))
     after_grad = (*after, layer.in_features) if isinstance(fmt, Codebook4) else after
     torch.library.opcheck(getattr(torch.ops.qlazy, f"{name}_backward").default, (grad, *before, None, *after_grad))
+
+
+def few_arguments(layer: QuantLinear, x: Tensor) -> tuple[object, ...]:
+    """What `qlazy::few_tokens` is called with."""
+    kind, (rows, _), group, packed, scale, zero, nested, code = layer._packed()
+    return x, packed, scale, zero, *(nested or (None, None, None)), code, layer.bias, kind, rows, group
+
+
+@pytest.mark.parametrize("shape", [(256,), (1, 1, 256), (2, 4, 256), (0, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fmt", FORMATS, ids=NAMES)
+def test_op_for_few_tokens_gives_the_bits_of_the_others(fmt, dtype, shape):
+    layer, x = layer_of(fmt, dtype=dtype, bias=True), random(*shape, dtype=dtype)
+    few, other = torch.ops.qlazy.few_tokens(*few_arguments(layer, x)), layer.product(x, layer.bias)
+    assert few.shape == other.shape and few.stride() == other.stride()
+    if native.available() or not x.numel():  # a test that has no loops still has the op that is made with them
+        assert torch.equal(few, other)
+
+
+@pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[4], FORMATS[6]], ids=lambda fmt: fmt.name)
+def test_op_for_few_tokens_is_what_torch_library_expects(fmt):
+    layer = layer_of(fmt, bias=True)
+    torch.library.opcheck(torch.ops.qlazy.few_tokens.default, few_arguments(layer, random(2, 1, 256)))
+
+
+def test_layer_takes_the_op_for_few_tokens_where_it_knows_them(loops):
+    """Up to eight tokens in the layer's dtype, and where there are loops at all."""
+    layer, found = layer_of(Int4()), []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.append(func.__name__.split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    def op_of(x: Tensor) -> str:
+        found.clear()
+        with Seen():
+            layer(x)
+        return next(name for name in found if name in ("few_tokens", "linear_int4"))
+
+    few = "few_tokens" if native.available() else "linear_int4"
+    assert op_of(random(8, 256)) == few
+    assert op_of(random(9, 256)) == "linear_int4"
+    assert op_of(random(1, 256, dtype=torch.float32)) == "linear_int4"
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
+def test_op_for_few_tokens_says_what_it_does_not_take(loops):
+    if native.available():
+        arguments = list(few_arguments(layer_of(Int4()), random(1, 256)))
+        arguments[8] = torch.zeros(128, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match="bfloat16, float16 and float32 alone"):
+            torch.ops.qlazy.few_tokens(*arguments)
 
 
 @pytest.mark.parametrize("tokens", [DECODE, PREFILL])
