@@ -1,7 +1,7 @@
 """Formats for every layer of a model that has a target, where they lose least. No torch here.
 
 What a format costs a layer is measured on its weights (`qlazy/sensitivity.py`), or where only headers are here taken to be what
-it costs a typical one. How much that matters is told by what the layer does, see `WEIGHTS`. Layers that serving engines merge
+it costs a typical one. How much that matters is told by what the layer does, see `weight_of`. Layers that serving engines merge
 into one share a format.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qlazy.errors import DoesNotFit
 from qlazy.formats import Format, Int4, Int8
@@ -37,6 +37,17 @@ _MERGED = (
     (re.compile(r"(.*)\.in_proj_\w+\.weight"), "in_proj"),
 )
 """Layers that vLLM runs as one, and that share a format therefore."""
+
+_BLOCK = re.compile(r"(.*?)(?<![^.])(\d+)\.")
+_ATTENDS = re.compile(
+    r"\.([qkv]_proj|query|key|value|attn_[qkv]|w[qkv]|[qkv]|query_key_value|qkv(_proj)?|Wqkv|c_attn|[qk]v?_[ab]_proj\w*)\.weight$"
+)
+_DOWN = re.compile(r"\.(down_proj|w2|fc2|wo|ffn_down|mlp\.c_proj|dense_4h_to_h|output\.dense)(\.weight)?$")
+_UP = re.compile(
+    r"\.(gate_proj|up_proj|gate_up_proj|w[13]|fc1|wi(_\d)?|ffn_(gate|up)|c_fc|dense_h_to_4h|intermediate\.dense)(\.weight)?$"
+)
+_HEAD = 9.4
+"""Weight of an output head for each block of the model: it counts alone, the others in threes."""
 
 
 def aim(tensors: Sequence[Entry], recipe: Recipe, dtype: str) -> Recipe:
@@ -70,9 +81,13 @@ def aim(tensors: Sequence[Entry], recipe: Recipe, dtype: str) -> Recipe:
     beside = packed if target.nbytes is None else rest
     wanted = math.floor(target.bpw * weights / 8) if target.bpw is not None else target.nbytes
     assert wanted is not None
-    formats = [formats_of(members[0], recipe) for members in groups.values()]
+    last_blocks: dict[str, int] = {}
+    for found in (_BLOCK.match(members[0].name) for members in groups.values()):
+        if found:
+            last_blocks[found[1]] = max(last_blocks.get(found[1], 0), int(found[2]))
+    formats = [_shared(members, recipe) for members in groups.values()]
     choices = [
-        [_option(members, fmt, target, dtype) for fmt in allowed]
+        [_option(members, fmt, target, dtype, last_blocks) for fmt in allowed]
         for members, allowed in zip(groups.values(), formats, strict=True)
     ]
     least = least_bytes(choices) + beside
@@ -106,16 +121,23 @@ def formats_of(entry: Entry, recipe: Recipe) -> list[Format | None]:
         entry: One that is free.
         recipe: With a target.
     Returns:
-        Int4 in groups of 128, 64 and 32 columns, int8, and for a target in bytes None, the model's dtype; of an output head
-        those with no more bits than the recipe gives it.
+        Int4 in groups of 128, 64 and 32 columns as far as they divide its own, int8, and for a target in bytes None, the
+        model's dtype; of an output head those with no more bits than the recipe gives it.
     """
     symmetric = isinstance(recipe.format, Int4) and recipe.format.symmetric
-    formats: list[Format | None] = [Int4(group_size=size, symmetric=symmetric) for size in (128, 64, 32)]
+    sizes = [size for size in (128, 64, 32) if entry.matrix[1] % size == 0] or [-1]
+    formats: list[Format | None] = [Int4(group_size=size, symmetric=symmetric) for size in sizes]
     if entry.kind != "head" or recipe.head == Int8():
         formats.append(Int8())
     if recipe.target is not None and recipe.target.nbytes is not None and entry.kind != "head":
         formats.append(None)
     return formats
+
+
+def _shared(members: Sequence[Entry], recipe: Recipe) -> list[Format | None]:
+    """The formats that all of some weights may get; those of the first where there are none."""
+    first, *others = (formats_of(entry, recipe) for entry in members)
+    return [fmt for fmt in first if all(fmt in other for other in others)] or first
 
 
 def merged(name: str) -> str:
@@ -132,15 +154,15 @@ def merged(name: str) -> str:
     return name
 
 
-def _option(members: Sequence[Entry], fmt: Format | None, target: Target, dtype: str) -> Option:
+def _option(members: Sequence[Entry], fmt: Format | None, target: Target, dtype: str, last_blocks: Mapping[str, int]) -> Option:
     """What a format takes and costs, summed over weights that share it."""
     nbytes, loss = 0, 0.0
     for entry in members:
         own = None if fmt is None else fmt.for_columns(entry.matrix[1])
         nbytes += entry.stored_bytes(own, dtype)
         if own is not None:
-            measured = target.errors.get(entry.name, {})
-            loss += _weight(entry) * measured.get(own, _typical(own))
+            error = target.errors.get(entry.name, {}).get(own, _typical(own))
+            loss += weight_of(entry, last_blocks) * error / len(members)
     return Option(nbytes=nbytes, loss=loss)
 
 
@@ -150,8 +172,29 @@ def _typical(fmt: Format) -> float:
     return TYPICAL[fmt.group_size] * (WITHOUT_ZEROS if fmt.symmetric else 1)
 
 
-def _weight(entry: Entry) -> float:
-    return 1.0
+def weight_of(entry: Entry, last_blocks: Mapping[str, int]) -> float:
+    """How much an error of a weight matters: KL divergence, in any unit, at equal squared error over squared weights.
+
+    Measured on SmolLM2-135M, three blocks at a time (`docs/quality.md`): queries, keys and values matter most in the middle of
+    a model, what goes into and out of the multilayer perceptron in the last blocks and the first.
+
+    Args:
+        entry: A weight; what is merged has the mean of its members.
+        last_blocks: Number of the last block, by what stands before the numbers.
+    Returns:
+        A positive number.
+    """
+    block = _BLOCK.match(entry.name)
+    if entry.kind == "head" or block is None:
+        return _HEAD * (1 + max(last_blocks.values(), default=0))
+    depth = int(block[2]) / max(1, last_blocks[block[1]])
+    if _ATTENDS.search(entry.name):
+        return 5 + 14 * math.sin(math.pi * depth) ** 2
+    if _DOWN.search(entry.name):
+        return 10 if depth < 0.1 else 24 if depth > 0.9 else 3
+    if _UP.search(entry.name):
+        return 20 if depth > 0.9 else 5
+    return 2
 
 
 def _too_small(target: Target, recipe: Recipe, *, least: int, wanted: int, weights: int) -> DoesNotFit:

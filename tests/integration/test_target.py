@@ -65,7 +65,7 @@ def test_an_eighth_of_a_large_matrix_tells_as_much_as_all_of_it(tmp_path):
     found = plan.recipe.target.errors["model.layers.0.mlp.up_proj.weight"]
     weight = model.model.layers[0].mlp.up_proj.weight.detach()
     for fmt, error in found.items():
-        assert error == pytest.approx(error_of(weight, fmt), rel=0.02)
+        assert error == pytest.approx(error_of(weight, fmt), rel=0.05)
 
 
 def test_what_was_saved_for_a_target_is_what_was_loaded_for_it(checkpoint, tmp_path):

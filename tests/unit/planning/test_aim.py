@@ -13,11 +13,11 @@ import torch
 
 from qlazy.errors import DoesNotFit, UsageError
 from qlazy.formats import Format, Int4, Int8
-from qlazy.planning.aim import aim, formats_of, merged
+from qlazy.planning.aim import aim, formats_of, merged, weight_of
 from qlazy.planning.budget import Budget
-from qlazy.planning.data import Plan
+from qlazy.planning.data import Entry, Plan
 from qlazy.planning.plan import make_plan
-from qlazy.planning.recipe import Recipe, make_recipe
+from qlazy.planning.recipe import Kind, Recipe, make_recipe
 from qlazy.sources.source import Source, TensorInfo
 
 ROOMY = Budget(devices=("cpu",), free_bytes={"cpu": 1 << 50}, reserve_bytes=0, max_model_len=16)
@@ -193,12 +193,34 @@ def test_targets_that_cannot_be_meant(options):
     assert caught.value.hint
 
 
+def entry(name: str, kind: Kind, shape: tuple[int, ...]) -> Entry:
+    return Entry(name=name, shape=shape, dtype="bfloat16", kind=kind, source_nbytes=0)
+
+
 def test_formats_of_a_head_are_no_larger_than_the_recipes():
-    tensors = {tensor.name: tensor for tensor in planned().tensors}
-    head: Any = tensors["lm_head.weight"]
+    head = entry("lm_head.weight", "head", (512, 256))
     recipe = make_recipe(target_size="1GiB", head_bits=4)
     assert formats_of(head, recipe) == list(FORMATS[:3])
     assert formats_of(head, make_recipe(target_size="1GiB")) == list(FORMATS)
+
+
+def test_groups_that_do_not_divide_the_columns_are_not_offered():
+    recipe = make_recipe(target_bpw=5)
+    layer = "model.layers.0.mlp.up_proj.weight"
+    assert formats_of(entry(layer, "linear", (64, 576)), recipe) == [Int4(group_size=64), Int4(), Int8()]
+    assert formats_of(entry(layer, "linear", (64, 40)), recipe) == [Int4(group_size=-1), Int8()]
+
+
+def test_middle_blocks_and_last_ones_matter_by_what_layers_do():
+    def weight(number: int, leaf: str, *, kind: Kind = "linear") -> float:
+        return weight_of(entry(f"model.layers.{number}.{leaf}.weight", kind, (64, 64)), {"model.layers.": 29})
+
+    assert weight(15, "self_attn.v_proj") > 3 * weight(0, "self_attn.v_proj")
+    assert weight(29, "mlp.down_proj") > weight(0, "mlp.down_proj") > weight(15, "mlp.down_proj")
+    assert weight(29, "mlp.gate_proj") > weight(0, "mlp.gate_proj") == weight(15, "mlp.gate_proj")
+    # As much as all layers of several blocks together.
+    head = weight_of(entry("lm_head.weight", "head", (512, 64)), {"model.layers.": 29})
+    assert head > 10 * weight(15, "self_attn.v_proj")
 
 
 def test_a_recipe_without_a_target_is_left_alone():
