@@ -90,8 +90,8 @@ def save_quantized(
         QlazyError: the model is not found, not supported or damaged.
 
     Memory: one file, or the largest tensor where that is more, and the ring of a load; of a loaded model a copy of one file's
-    tensors at most. Calibrated: the model in 8 bits while it writes its text, or in 4; then, beside a file, one block in 16
-    bits, twice K x K in float32 for its widest layer of K columns, and activations of 4096 tokens.
+    tensors at most. Calibrated: the model in 8 bits while it writes its text, or in 4; then, beside two files, one block in 16
+    bits twice, four times K x K in float32 for its widest layer of K columns, and activations of 4096 tokens.
     """
     calibration = Calibration() if calibrate is True else calibrate or None
     if not isinstance(model, str | os.PathLike):

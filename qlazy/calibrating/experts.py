@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from qlazy.calibrating.rounding import curvature_of, round_layer
+from qlazy.calibrating.rounding import Seen, curvature_of, round_layer
 from qlazy.calibrating.spilled import spilled
 from qlazy.calibrating.stages import ROWS
 from qlazy.layers.packed_stack import PackedStack
@@ -35,7 +35,7 @@ def reason_not(experts: nn.Module) -> str:
 def round_experts(
     experts: nn.Module,
     packed: Mapping[str, PackedStack],
-    calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]],
+    calls: Iterable[tuple[Any, ...]],
     tokens: int,
 ) -> int:
     """Quantize all experts of a module, and put what they have become in the place of what they were.
@@ -70,15 +70,14 @@ def _round(experts: nn.Module, packed: Mapping[str, PackedStack], name: str, num
     if name not in packed:
         return
     matrix, layer = _matrix(experts, name, number), packed[name].layer(number)
-    curvature = curvature_of(layer.in_features, inputs)
+    curvature = curvature_of(layer.in_features, (Seen(x=x) for x in inputs))
     matrix.copy_(round_layer(layer, matrix, curvature))
 
 
-def _kept(calls: Iterable[tuple[tuple[Any, ...], Mapping[str, Any]]], tokens: int) -> tuple[Tensor, Tensor]:
+def _kept(calls: Iterable[tuple[Any, ...]], tokens: int) -> tuple[Tensor, Tensor]:
     """What all tokens bring, and the experts that they go to."""
     states, chosen, done = torch.empty(0), torch.empty(0), 0
-    for args, kwargs in calls:
-        hidden, index = [*args, *kwargs.values()][:2]
+    for hidden, index, *_ in calls:
         if not done:
             states = spilled((tokens, hidden.shape[-1]), hidden.dtype)
             chosen = torch.empty((tokens, index.shape[-1]), dtype=index.dtype)

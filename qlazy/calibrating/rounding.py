@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlazy.calibrating.stages import add_products
+from qlazy.calibrating.stages import ROWS, add_products
 from qlazy.formats import Codebook4
 from qlazy.layers.packed_stack import PackedStack
 from qlazy.layers.quant_linear import QUANTIZED_ELEMENTS, ROW_BLOCK, NonFiniteError, QuantLinear
@@ -21,26 +22,52 @@ FEWEST = 4
 """Tokens that a layer has to see are its columns by this; with fewer only the mean squares of its inputs count."""
 
 
-def curvature_of(columns: int, inputs: Iterable[Tensor]) -> Curvature | None:
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a layer takes in, of some tokens."""
+
+    x: Tensor
+    """(..., K), now that the layers before it are rounded."""
+    clean: Tensor | None = None
+    """The same where nothing is rounded; None where that is not known."""
+    weights: Tensor | None = None
+    """How much an error in what the layer gives for each token counts; None: all the same."""
+
+
+def curvature_of(columns: int, inputs: Iterable[Seen]) -> Curvature | None:
     """What the inputs of a layer say of its weights.
 
     Args:
         columns: K, of the layer.
-        inputs: (..., K), some tokens after others.
+        inputs: What it takes in, some tokens after others.
     Returns:
         The curvature; None without tokens.
 
-    Memory: K x K in float32 twice, or blocks of that for layers of many columns; 1024 tokens.
+    Memory: K x K in float32 four times, or blocks of that for layers of many columns; 2048 tokens.
     """
     blocks = curvature_blocks(columns)
     hessian = torch.zeros(blocks, columns // blocks, columns // blocks)
-    tokens = sum(add_products(hessian, x) for x in inputs)
+    drift: Tensor | None = torch.zeros_like(hessian)
+    tokens = 0
+    for seen in inputs:
+        x = seen.x.reshape(-1, columns)
+        weights = None if seen.weights is None or seen.weights.numel() != len(x) else seen.weights.reshape(-1, 1)
+        clean = None if seen.clean is None or seen.clean.shape != seen.x.shape else seen.clean.reshape(-1, columns)
+        drift = None if clean is None else drift
+        tokens += len(x)
+        for part in range(0, len(x), ROWS):
+            rows = slice(part, part + ROWS)
+            scale = 1.0 if weights is None else weights[rows]
+            right = x[rows].to(torch.float32)
+            if drift is not None and clean is not None:
+                add_products(drift, (clean[rows].to(torch.float32) - right) * scale, right * scale)
+            right = right * scale
+            add_products(hessian, right, right)
     if not tokens:
         return None
-    hessian /= tokens
     if tokens < columns // FEWEST:
-        return Curvature.from_diagonal(hessian.diagonal(dim1=1, dim2=2).reshape(-1).clone())
-    return Curvature.from_hessian(hessian)
+        return Curvature.from_diagonal(hessian.diagonal(dim1=1, dim2=2).reshape(-1) / tokens)
+    return Curvature.from_hessian(hessian.div_(tokens), drift=None if drift is None else drift.div_(tokens))
 
 
 def round_layer(layer: QuantLinear, weight: Tensor, curvature: Curvature | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,49 +60,42 @@ def find_stages(
     return [Stage(names=tuple(members)) for members in stages.values()], left
 
 
-def inputs_of(
-    block: nn.Module, name: str, call: Call, hidden: Tensor, batch: int
-) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
-    """What a module of a block is called with, batch by batch; nothing that comes after it is run.
+def input_of(block: nn.Module, name: str, call: Call, hidden: Tensor) -> tuple[Any, ...] | None:
+    """What a module of a block is called with; nothing that comes after it is run.
 
     Args:
         block: The block, with storage.
         name: The module's path in it.
         call: The block's arguments.
-        hidden: (S, L, K), what goes into the block.
-        batch: Sequences at a time.
-    Yields:
-        Arguments by position and by name.
+        hidden: (B, L, K), what goes into the block.
+    Returns:
+        Its arguments, those by name behind the others; None where it does not run.
 
     Memory: activations of one batch.
     """
-    module = block.get_submodule(name)
-    for part in hidden.split(batch):
-        seen: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
+    seen: list[tuple[Any, ...]] = []
 
-        def see(*args: Any, _seen: Any = seen, **kwargs: Any) -> None:
-            _seen.append((args, kwargs))
-            raise Enough
+    def see(*args: Any, **kwargs: Any) -> None:
+        seen.append((*args, *kwargs.values()))
+        raise Enough
 
-        with watching(module, see), contextlib.suppress(Enough):
-            run_block(block, call, part)
-        yield from seen
+    with watching(block.get_submodule(name), see), contextlib.suppress(Enough):
+        run_block(block, call, hidden)
+    return seen[0] if seen else None
 
 
-def add_products(hessian: Tensor, x: Tensor) -> int:
-    """Add x^T x of some tokens.
+def add_products(sums: Tensor, y: Tensor, x: Tensor) -> None:
+    """Add y^T x of some tokens.
 
     Args:
-        hessian: float32 (B, K/B, K/B), the blocks along the diagonal.
-        x: (..., K).
-    Returns:
-        Tokens.
+        sums: float32 (B, K/B, K/B), the blocks along the diagonal.
+        y: (T, K).
+        x: (T, K).
 
-    Memory: `ROWS` tokens in float32.
+    Memory: `ROWS` tokens in float32, twice where x is not y.
     """
-    blocks, width = hessian.shape[:2]
-    tokens = x.reshape(-1, blocks * width)
-    for rows in tokens.split(ROWS):
-        columns = rows.to(torch.float32).view(-1, blocks, width)
-        hessian.baddbmm_(columns.permute(1, 2, 0), columns.permute(1, 0, 2))
-    return len(tokens)
+    blocks, width = sums.shape[:2]
+    for part in range(0, len(x), ROWS):
+        right = x[part : part + ROWS].to(torch.float32).view(-1, blocks, width)
+        left = right if y is x else y[part : part + ROWS].to(torch.float32).view(-1, blocks, width)
+        sums.baddbmm_(left.permute(1, 2, 0), right.permute(1, 0, 2))

@@ -11,6 +11,7 @@ Only one block is ever there in 16 bits, and what is quantized goes to the disk 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,8 +23,9 @@ from transformers import PreTrainedModel
 from qlazy.calibrating.blocks import Call, embed, find_decoder, run_block
 from qlazy.calibrating.calibration import Calibrated
 from qlazy.calibrating.experts import reason_not, round_experts
-from qlazy.calibrating.rounding import curvature_of, round_layer, round_stack, weight_of
-from qlazy.calibrating.stages import find_stages, inputs_of
+from qlazy.calibrating.rounding import Seen, curvature_of, round_layer, round_stack, weight_of
+from qlazy.calibrating.spilled import spilled
+from qlazy.calibrating.stages import find_stages, input_of
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4
 from qlazy.layers.packed_stack import PackedStack
@@ -105,8 +107,8 @@ class Walk:
                 hint="Leave --calibrate out, or quantize all of them.",
             )
         self._calls: list[Call] = []
-        self.hidden = torch.empty(0)
-        """(S, L, K), what goes into the next block."""
+        self.hidden = self.clean = torch.empty(0)
+        """(S, L, K), what goes into the next block: out of rounded blocks, and out of those in 16 bits."""
         self.next = 0
         """The next block."""
 
@@ -120,11 +122,12 @@ class Walk:
         """
         return {name for name in self._packed if self.decoder.number_of(name) == number}
 
-    def begin(self, hidden: Tensor | None = None, at: int = 0) -> None:
+    def begin(self, hidden: Tensor | None = None, clean: Tensor | None = None, at: int = 0) -> None:
         """Embed the text; or go on with what goes into a later block.
 
         Args:
-            hidden: (S, L, K), what goes into block `at`, where that is known.
+            hidden: (S, L, K), what goes into block `at` out of rounded blocks, where that is known.
+            clean: The same out of blocks in 16 bits.
             at: Which.
 
         Memory: what the decoder holds beside its blocks, and activations of one batch.
@@ -137,7 +140,9 @@ class Walk:
         made, self._calls = embed(self.decoder.module(self.model), blocks, tokens, self.batch)
         empty(self.model, [*names, *tied])
         trim_heap()
-        self.hidden, self.next = (made if hidden is None else hidden), at
+        if hidden is None or clean is None:
+            hidden, clean = made, spilled(tuple(made.shape), made.dtype).copy_(made)
+        self.hidden, self.clean, self.next = hidden, clean, at
 
     def step(self, reading: Callable[[int], None] | None = None) -> None:
         """Quantize the next block into the model's storage, and run it.
@@ -147,22 +152,26 @@ class Walk:
         Raises:
             CorruptCheckpoint: a weight is NaN or infinite.
 
-        Memory: the block in 16 bits and in low bits, the curvature of one layer (`curvature_of`), activations of one batch
-        and the ring of a load.
+        Memory: the block in 16 bits twice and in low bits, the curvature of one layer (`curvature_of`), activations of one
+        batch and the ring of a load.
         """
         number, call = self.next, self._calls[self.next]
         names = [t.name for t in self._plain_plan.tensors if self.decoder.number_of(t.name) == number]
         _fill(self._plain, self._plain_plan, self._plain_match.fills, names, self._drop_page_cache, reading)
         block = self.decoder.block(self._plain, number)
-        self._round_block(number, block, call)
-        for part in self.hidden.split(self.batch):
-            part.copy_(run_block(block, call, part))
+        # Two streams: what the rounded model makes of the text, and what the model would; each layer is to make up for what
+        # those before it have changed.
+        reference = copy.deepcopy(block)
+        self._round_block(number, block, reference, call)
+        for stream, runs in ((self.hidden, block), (self.clean, reference)):
+            for part in stream.split(self.batch):
+                part.copy_(run_block(runs, call, part))
         empty(self._plain, names)
         trim_heap()
         self.done.blocks += 1
         self.next = number + 1
 
-    def _round_block(self, number: int, block: nn.Module, call: Call) -> None:
+    def _round_block(self, number: int, block: nn.Module, reference: nn.Module, call: Call) -> None:
         prefix = f"{self.decoder.list_path}.{number}."
         layers: dict[str, QuantLinear] = {}
         stacks: dict[str, dict[str, PackedStack]] = {}
@@ -180,17 +189,22 @@ class Walk:
         left = {path: reason for path in stacks if (reason := reason_not(block.get_submodule(path)))}
         experts = [path for path in stacks if path not in left]
         stages, unseen = find_stages(block, [*layers, *experts], experts, call, self.hidden[: self.batch])
+        weights = torch.cat([_weights(run_block(reference, call, part)) for part in self.clean.split(self.batch)])
         for stage in stages:
             path = stage.names[0]
-            inputs = inputs_of(block, path, call, self.hidden, self.batch)
             if path in experts:
+                calls = (input_of(block, path, call, part) for part in self.hidden.split(self.batch))
                 with _naming(f"{prefix}{path}"):
-                    missed = round_experts(block.get_submodule(path), stacks[path], inputs, self.tokens.numel())
+                    module, tokens = block.get_submodule(path), self.tokens.numel()
+                    missed = round_experts(module, stacks[path], (seen for seen in calls if seen is not None), tokens)
                 if missed:
                     self.done.plain[f"{prefix}{path}"] = f"no token came to {missed} of the experts"
                 self.done.weights += sum(math.prod(stack.stack.shape) for stack in stacks[path].values())
                 continue
-            curvature = curvature_of(layers[path].in_features, (args[0] for args, _ in inputs))
+            # What is added to the stream of the residuals counts by how large that is, as the next norm divides by it.
+            adds = len(stage.names) == 1 and layers[path].out_features == self.hidden.shape[-1]
+            inputs = self._inputs(block, reference, path, call, weights if adds else None)
+            curvature = curvature_of(layers[path].in_features, inputs)
             for path in stage.names:
                 self._round_layer(f"{prefix}{path}", block.get_submodule(path), layers[path], curvature)
         for path, reason in (left | unseen).items():
@@ -200,6 +214,16 @@ class Walk:
             for leaf, stack in stacks.get(path, {}).items():
                 with _naming(f"{prefix}{path}.{leaf}"):
                     round_stack(stack, block.get_submodule(path).get_parameter(leaf))
+
+    def _inputs(self, block: nn.Module, reference: nn.Module, path: str, call: Call, weights: Tensor | None) -> Iterator[Seen]:
+        """What a layer takes in, batch by batch."""
+        for start in range(0, len(self.hidden), self.batch):
+            batch = slice(start, start + self.batch)
+            seen = input_of(block, path, call, self.hidden[batch])
+            clean = input_of(reference, path, call, self.clean[batch])
+            if seen is not None:
+                of_batch = None if weights is None else weights[batch]
+                yield Seen(x=seen[0], clean=None if clean is None else clean[0], weights=of_batch)
 
     def _round_layer(self, name: str, linear: nn.Module, layer: QuantLinear, curvature: Curvature | None) -> None:
         weight = weight_of(linear)
@@ -219,6 +243,11 @@ class Walk:
     def _outside(self) -> dict[str, str]:
         """Quantized weights that are in no block."""
         return {name: "in no block" for name in sorted(self._packed) if self.decoder.number_of(name) is None}
+
+
+def _weights(hidden: Tensor) -> Tensor:
+    """One over the root mean square of each token."""
+    return hidden.to(torch.float32).square().mean(-1).clamp_(min=1e-12).rsqrt_()
 
 
 def _tie(model: nn.Module) -> list[str]:

@@ -105,7 +105,7 @@ class CalibratedSave:
         if self._walk is None:
             self._walk = self._make(self._tokens())
             found = [at for at in self._kept() if at <= number]
-            self._walk.begin(*((self._read(found[-1]), found[-1]) if found else ()))
+            self._walk.begin(*((*self._read(found[-1]), found[-1]) if found else ()))
         while self._walk.next < number:  # what these blocks become is on the disk already
             passed = self._walk.next
             self._walk.step()
@@ -131,8 +131,8 @@ class CalibratedSave:
         if walk.next < self._decoder.count:
             name = f"{_INPUTS}{walk.next}"
             header = json.dumps([list(walk.hidden.shape), str(walk.hidden.dtype).removeprefix("torch.")]).encode()
-            data = walk.hidden.reshape(-1).view(torch.uint8).numpy().data
-            self._partial.write(name, [header.ljust(_HEADER), data])
+            streams = [stream.reshape(-1).view(torch.uint8).numpy().data for stream in (walk.hidden, walk.clean)]
+            self._partial.write(name, [header.ljust(_HEADER), *streams])
         self._forget({*before[-1:], walk.next})
 
     def _forget(self, wanted: set[int]) -> None:
@@ -141,13 +141,14 @@ class CalibratedSave:
             del self._partial.done[name]
             (self._partial.path / name).unlink()
 
-    def _read(self, number: int) -> Tensor:
+    def _read(self, number: int) -> tuple[Tensor, Tensor]:
         path = self._partial.path / f"{_INPUTS}{number}"
         with path.open("rb") as file:
             shape, dtype = json.loads(file.read(_HEADER))
-            hidden = spilled(tuple(shape), getattr(torch, dtype))
-            file.readinto(hidden.reshape(-1).view(torch.uint8).numpy().data)
-        return hidden
+            hidden, clean = (spilled(tuple(shape), getattr(torch, dtype)) for _ in range(2))
+            for stream in (hidden, clean):
+                file.readinto(stream.reshape(-1).view(torch.uint8).numpy().data)
+        return hidden, clean
 
 
 _HEADER = 128

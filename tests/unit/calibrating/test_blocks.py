@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from qlazy.calibrating.blocks import embed, find_decoder, run_block
-from qlazy.calibrating.stages import add_products, find_stages, inputs_of
+from qlazy.calibrating.stages import add_products, find_stages, input_of
 from qlazy.errors import UnsupportedModel
 
 SHARED = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -83,11 +83,13 @@ def test_inputs_and_their_products():
     block.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     run_block(block, calls[0], hidden[:2])
     whole, halves = torch.zeros(1, 64, 64), torch.zeros(2, 32, 32)
-    gathered = [args[0] for args, _ in inputs_of(block, "mlp.down_proj", calls[0], hidden, 2)]
-    assert torch.equal(gathered[0], seen[0]) and len(gathered) == 2
+    found = [input_of(block, "mlp.down_proj", calls[0], part) for part in hidden.split(2)]
+    gathered = [args[0].reshape(-1, 64) for args in found if args is not None]
+    assert torch.equal(gathered[0], seen[0].reshape(-1, 64)) and len(gathered) == 2
     for x in gathered:
-        assert add_products(whole, x) == add_products(halves, x) == 16
-    x = torch.cat(gathered).reshape(-1, 64).double()
+        add_products(whole, x, x)
+        add_products(halves, x, x + 0)
+    x = torch.cat(gathered).double()
     torch.testing.assert_close(whole[0].double(), x.T @ x, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(halves, torch.stack([whole[0, :32, :32], whole[0, 32:, 32:]]))
 
