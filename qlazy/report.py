@@ -118,6 +118,8 @@ def plan_summary(plan: Plan) -> str:
             lines.append(f"Of these in {name}: {_tensors(len(held))}, {format_bytes(sum(t.nbytes for t in held))} ({reason}).")
     for (reason, dtype), kept in unquantized(plan).items():
         lines.append(f"Kept in {dtype}: {_tensors(len(kept))}, {format_bytes(sum(t.nbytes for t in kept))} ({reason}).")
+    if plan.recipe.target is not None and not plan.exact:
+        lines.append(f"For a target of {plan.recipe.target}, by what layers like these usually lose; a load measures it.")
     verdict = "Fits." if plan.fits else "Does not fit."
     lines.append(
         f"{verdict} Reads {format_bytes(plan.source_bytes)} once and keeps {format_bytes(plan.weight_bytes)} of weights."

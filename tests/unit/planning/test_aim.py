@@ -18,6 +18,7 @@ from qlazy.planning.budget import Budget
 from qlazy.planning.data import Entry, Plan
 from qlazy.planning.plan import make_plan
 from qlazy.planning.recipe import Kind, Recipe, make_recipe
+from qlazy.report import plan_summary
 from qlazy.sources.source import Source, TensorInfo
 
 ROOMY = Budget(devices=("cpu",), free_bytes={"cpu": 1 << 50}, reserve_bytes=0, max_model_len=16)
@@ -226,3 +227,9 @@ def test_middle_blocks_and_last_ones_matter_by_what_layers_do():
 def test_a_recipe_without_a_target_is_left_alone():
     recipe = Recipe()
     assert aim([], recipe, "bfloat16") is recipe
+
+
+def test_a_plan_says_that_nothing_was_measured_yet():
+    assert "For a target of 4.3 bits per weight, by what layers like these" in plan_summary(planned(target_bpw=4.3))
+    assert "target of 1.0 GiB" in plan_summary(planned(target_size="1GiB"))
+    assert "target" not in plan_summary(planned())
