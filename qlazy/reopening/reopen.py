@@ -1,7 +1,7 @@
 """Open what is packed already: files are mapped, and the layers' storage is a view of the maps.
 
-As a load (see `qlazy/load.py`), but nothing is streamed or quantized that has a format of ours. On a CPU nothing is copied either,
-unless the files have other bytes than the layers: those of GPTQ are transposed, and int8 of bitsandbytes has a sign.
+As a load (see `qlazy/load.py`), but nothing is streamed or quantized that has a format of ours. On a CPU nothing is copied
+either, unless the files have other bytes than the layers: those of GPTQ are transposed, and int8 of bitsandbytes has a sign.
 """
 
 from __future__ import annotations
