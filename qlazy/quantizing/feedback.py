@@ -41,10 +41,10 @@ class Grid:
     """Scales to try, as factors on the one that spans the group."""
 
 
-INT4 = Grid(lowest=0, highest=15, asymmetric=True, factors=(1.0, 0.76, 0.8, 0.84, 0.88, 0.92, 0.96, 1.04))
-INT4_SYMMETRIC = Grid(lowest=-8, highest=7, asymmetric=False, factors=(1.0, 0.72, 0.78, 0.83, 0.88, 0.92, 0.96, 1.04))
+INT4 = Grid(lowest=0, highest=15, asymmetric=True, factors=(1.0, 0.92, 0.96, 1.06))
+INT4_SYMMETRIC = Grid(lowest=-8, highest=7, asymmetric=False, factors=(1.0, 0.8, 0.88, 0.96))
 INT8 = Grid(lowest=-127, highest=127, asymmetric=False, factors=(1.0,))
-FITS = 2
+FITS = 1
 """How often the scale of a group is fitted to its steps, and the zeros beside tried."""
 
 
