@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from qlazy import native
 from qlazy.formats import Format
 from qlazy.layers.storage import allocate
-from qlazy.products import ops
+from qlazy.products import few_tokens, ops
 from qlazy.products.native_product import Weight
 from qlazy.quantizing.quantize import is_finite
 
@@ -65,7 +65,7 @@ class QuantLinear(nn.Module):
         for key, stored in self.storage.items():
             self.register_buffer(key, torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta"))
         self.register_parameter("bias", bias)
-        self._few_elements = ops.few_elements(self._packed(), dtype)
+        self._few_elements = few_tokens.most_elements(self._packed(), dtype)
         self._rows_filled = [0]  # in a list, as a module's own attributes are slow to set
         self._lock = threading.Lock()
 
@@ -168,7 +168,7 @@ class QuantLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return product if bias is None else product + bias
-        return ops.few_tokens(x, self._packed(), bias) if self._few(x) else self.product(x, bias)
+        return few_tokens.linear(x, self._packed(), bias) if self._few(x) else self.product(x, bias)
 
     def _few(self, x: Tensor) -> bool:
         """Whether x goes through the op for few tokens; compiled code must know for good, no second graph is made for it."""

@@ -3,8 +3,6 @@
     qlazy::linear_int4, qlazy::linear_int8, qlazy::linear_codebook4     y_MN = x_MK @ W_NK.T + bias_N
     the same with `_backward`                                           grad_MK = grad_MN @ W_NK
 
-    qlazy::few_tokens       any of these for up to eight tokens; on a CPU with compilers `csrc/op.cpp`, which calls no Python
-
 Registered with `torch.library`, so that `torch.compile` sees one opaque op and the choice by number of tokens never recompiles.
 A few tokens go to compiled loops, on a GPU to Triton kernels, which read each packed weight once and unpack nothing to memory;
 many tokens go through blocks of rows that are dequantized into a small scratch and multiplied in the dtype of `x` by torch's
@@ -34,10 +32,6 @@ _INT4 = "Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int in_feature
 _INT8 = "Tensor packed, Tensor scale, Tensor? bias"
 _CODEBOOK4 = (
     "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, Tensor? bias, int out_features, str kind"
-)
-_library.define(
-    "few_tokens(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? nested_absmax, Tensor? nested_offset, "
-    "Tensor? nested_code, Tensor? code, Tensor? bias, int kind, int out_features, int group_size) -> Tensor"
 )
 _library.define(f"linear_int4(Tensor x, {_INT4}) -> Tensor")
 _library.define(f"linear_int8(Tensor x, {_INT8}) -> Tensor")
@@ -101,40 +95,6 @@ def codebook4_weight(
     if nested_absmax is not None and nested_offset is not None:
         nested = (nested_absmax, nested_offset, codebook.nested_code())
     return Weight(CODEBOOK4, shape, BNB_BLOCK, packed, absmax, None, nested, codebook.CODES[kind])
-
-
-def few_elements(weight: Weight, dtype: torch.dtype) -> int:
-    """Elements of x up to which `few_tokens` takes it.
-
-    Args:
-        weight: The weight, on any device.
-        dtype: Of x.
-
-    Returns:
-        0 where the compiled products do not know this kind of weight or dtype.
-    """
-    taken = native_product.takes(weight) and dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return FEW_TOKENS[weight.kind] * weight.shape[1] if taken else 0
-
-
-def few_tokens(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """The product of few tokens through its op, which on a CPU with compilers calls no Python.
-
-    Args:
-        x: (..., K), at most `few_elements` of them.
-        weight: On the same device.
-        bias: (N,), or None.
-
-    Returns:
-        (..., N) in the dtype of `x`.
-
-    Memory: as `native_product.linear`.
-    """
-    kind, (rows, _), group, packed, scale, zero, nested, code = weight
-    y: Tensor = torch.ops.qlazy.few_tokens(
-        x, packed, scale, zero, *(nested or (None, None, None)), code, bias, kind, rows, group
-    )
-    return y
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -249,28 +209,6 @@ def _linear_codebook4_backward(
     return _product_backward(grad, codebook4_weight(packed, absmax, nested_absmax, nested_offset, shape, kind))
 
 
-def _few_tokens_in_python(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    nested_code: Tensor | None,
-    code: Tensor | None,
-    bias: Tensor | None,
-    kind: int,
-    out_features: int,
-    group_size: int,
-) -> Tensor:
-    nested = None
-    if nested_absmax is not None and nested_offset is not None and nested_code is not None:
-        nested = nested_absmax, nested_offset, nested_code
-    return product(x, Weight(kind, (out_features, x.shape[-1]), group_size, packed, scale, zero, nested, code), bias)
-
-
-# For all devices, so that what a compiled library has for the CPU stands before it, whenever that is opened.
-_library.impl("few_tokens", _few_tokens_in_python, "CompositeExplicitAutograd")
 for _device in ("CPU", "CUDA"):
     _library.impl("linear_int4", _linear_int4, _device)
     _library.impl("linear_int8", _linear_int8, _device)
@@ -278,11 +216,6 @@ for _device in ("CPU", "CUDA"):
     _library.impl("linear_int4_backward", _linear_int4_backward, _device)
     _library.impl("linear_int8_backward", _linear_int8_backward, _device)
     _library.impl("linear_codebook4_backward", _linear_codebook4_backward, _device)
-
-
-@torch.library.register_fake("qlazy::few_tokens")
-def _(x, packed, scale, zero, n_absmax, n_offset, n_code, code, bias, kind, out_features, group_size):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("qlazy::linear_int4")
