@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +22,22 @@ from transformers import PreTrainedModel
 from qlazy.calibrating.blocks import Call, embed, find_decoder, run_block
 from qlazy.calibrating.calibration import Calibrated
 from qlazy.calibrating.experts import reason_not, round_experts
+from qlazy.calibrating.fill_part import fill_part, tie
 from qlazy.calibrating.rounding import Seen, curvature_of, round_layer, round_stack, weight_of
 from qlazy.calibrating.spilled import spilled
 from qlazy.calibrating.stages import find_stages, input_of
-from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, UnsupportedModel, UsageError
+from qlazy.errors import CorruptCheckpoint, UnsupportedModel, UsageError
 from qlazy.formats import Codebook4
 from qlazy.layers.packed_stack import PackedStack
 from qlazy.layers.quant_linear import NonFiniteError, QuantLinear
 from qlazy.match import Match, match_tensors
-from qlazy.matching.fill import Fill
 from qlazy.memory import trim_heap
-from qlazy.place import Placer, empty
+from qlazy.place import empty
 from qlazy.placeholder import build_placeholder
 from qlazy.planning.plan import Plan, make_plan
 from qlazy.planning.recipe import make_recipe
 from qlazy.quantizing.curvature import Curvature
-from qlazy.reading.chunks import CACHED_BYTES, worker_count
 from qlazy.sources.source import Source
-from qlazy.stream import Stream
 from qlazy.swap import swap_layers
 
 TOKENS = 4096
@@ -133,8 +130,8 @@ class Walk:
         Memory: what the decoder holds beside its blocks, and activations of one batch.
         """
         names = self._beside()
-        _fill(self.model, self.plan, self.match.fills, names, self._drop_page_cache)
-        tied = _tie(self.model)
+        fill_part(self.model, self.plan, self.match.fills, names, self._drop_page_cache)
+        tied = tie(self.model)
         blocks = [self.decoder.block(self.model, number) for number in range(self.decoder.count)]
         tokens = self.tokens if hidden is None else self.tokens[: 2 * self.batch]
         made, self._calls = embed(self.decoder.module(self.model), blocks, tokens, self.batch)
@@ -157,7 +154,7 @@ class Walk:
         """
         number, call = self.next, self._calls[self.next]
         names = [t.name for t in self._plain_plan.tensors if self.decoder.number_of(t.name) == number]
-        _fill(self._plain, self._plain_plan, self._plain_match.fills, names, self._drop_page_cache, reading)
+        fill_part(self._plain, self._plain_plan, self._plain_match.fills, names, self._drop_page_cache, reading)
         block = self.decoder.block(self._plain, number)
         # Two streams: what the rounded model makes of the text, and what the model would; each layer is to make up for what
         # those before it have changed.
@@ -248,47 +245,6 @@ class Walk:
 def _weights(hidden: Tensor) -> Tensor:
     """One over the root mean square of each token."""
     return hidden.to(torch.float32).square().mean(-1).clamp_(min=1e-12).rsqrt_()
-
-
-def _tie(model: nn.Module) -> list[str]:
-    """Give what is tied to a filled parameter that parameter; its names."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    done = []
-    for pair in tied.items():
-        for name, other in (pair, pair[::-1]):
-            if name in parameters and other in parameters and parameters[name].is_meta and not parameters[other].is_meta:
-                path, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(path), leaf, parameters[other])
-                done.append(name)
-    return done
-
-
-def _fill(
-    model: PreTrainedModel,
-    plan: Plan,
-    fills: Iterable[Fill],
-    names: Collection[str],
-    drop_page_cache: bool,
-    reading: Callable[[int], None] | None = None,
-) -> None:
-    """Read some tensors of a model, and what is stored together with them."""
-    wanted = tuple(fill for fill in fills if not set(names).isdisjoint(fill.targets))
-    filled = {target for fill in wanted for target in fill.targets}
-    placer = Placer(model, dataclasses.replace(plan, tensors=tuple(t for t in plan.tensors if t.name in filled)))
-    with Stream(wanted, placer.place, worker_count(wanted), drop_page_cache, None, CACHED_BYTES) as stream:
-        for done in stream:
-            if reading is not None:
-                reading(done)
-    for name in names:
-        if (
-            name not in filled
-            and model.get_submodule(name.rpartition(".")[0])._parameters.get(name.rpartition(".")[2]) is not None
-        ):
-            raise IncompleteCheckpoint(f"{plan.model_id}: {name!r} is in no file.", hint="Leave --calibrate out.")
-    for name in filled:
-        if left := placer.rows_left(name):
-            raise IncompleteCheckpoint(f"{plan.model_id}: {left} rows of {name!r} were never filled.")
 
 
 @contextlib.contextmanager
