@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
+from qlazy import native
 from qlazy.errors import UnsupportedModel
 
 _ROUNDING = {"emulate_precision_casts": True}
@@ -42,6 +43,7 @@ def compile_decoding(model: PreTrainedModel) -> None:
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{type(model).__name__} does not continue text.", hint="Leave --compile out.")
     if model.device.type == "cpu":
+        native.available()  # registers the op for few tokens, which must not happen while others call it
         called.forward = _by_length(model.forward, torch.compile(model.forward, dynamic=True, options=dict(_ROUNDING)))
         return
     if not getattr(model, "_can_compile_fullgraph", True):

@@ -41,8 +41,8 @@ OP_FLAGS = ("-O2", "-std=c++17", "-fPIC")
 """Of `op.cpp`, which computes nothing."""
 
 WITH_OP = "-fopenmp", "op.cpp"
-VARIANTS = WITH_OP, ("-fopenmp",), ()
-"""Tried in this order: on PyTorch's threads with and without the op, and on the calling thread alone."""
+VARIANTS = WITH_OP, ("-fopenmp",), ("op.cpp",), ()
+"""Tried in this order: on PyTorch's threads with and without the op, and on the calling thread alone with and without."""
 
 _A, _I = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
@@ -84,7 +84,7 @@ def library() -> ctypes.CDLL | None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlazy"
     said: list[str] = []
     with _compiling:  # all workers of a load ask at the same time; the others find the file
-        tried = [variant for variant in VARIANTS if compilers[1] or variant is not WITH_OP]
+        tried = [variant for variant in VARIANTS if compilers[1] or "op.cpp" not in variant]
         paths = {variant: cache / f"native-{_key(sources, compilers, variant)}.so" for variant in tried}
         # What is there was the best that compiled: what comes before it need not fail once more.
         for variant in [variant for variant in tried if paths[variant].is_file()][:1] + tried:
@@ -97,10 +97,14 @@ def library() -> ctypes.CDLL | None:
                 for name, argtypes in SIGNATURES.items():
                     loop = getattr(opened, name)
                     loop.argtypes, loop.restype = argtypes, _I
+                if said:
+                    logger.info("not all of csrc compiled here: %s", "; ".join(said))
                 return opened
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 stderr = getattr(error, "stderr", b"") or b""
                 said.append(f"{error} {stderr.decode(errors='replace').strip()}")
+                if isinstance(error, subprocess.TimeoutExpired):
+                    break  # it says nothing about the compiler, and a lesser library would be kept
     logger.warning("no compiled loops, plain PyTorch is slower: %s", "; ".join(said))
     return None
 
@@ -119,7 +123,7 @@ def on_cpu(*tensors: Tensor | None) -> bool:
 
 def _key(sources: dict[str, str], compilers: tuple[str, str | None], variant: tuple[str, ...]) -> str:
     """Of everything that the library's bytes depend on."""
-    parts = (*(part for item in sorted(sources.items()) for part in item), *map(str, compilers), *FLAGS, *variant)
+    parts = (*(part for item in sorted(sources.items()) for part in item), *map(str, compilers), *FLAGS, *OP_FLAGS, *variant)
     whole = "\0".join((*parts, torch.__version__, platform.machine(), _processor()))
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
@@ -135,18 +139,19 @@ def _compile(sources: dict[str, str], compilers: tuple[str, str | None], variant
         commands = {name: [*c, *flags, "-c", name] for name in sorted(sources) if name.endswith(".c")}
         # Without the flag for OpenMP, which would link another runtime than PyTorch's.
         link = ["-shared", "-o", "native.so", *(name[:-1] + "o" for name in commands), "-lm"]
-        if variant is WITH_OP:
+        if "op.cpp" in variant:
             torch_folder = Path(torch.__file__).parent
             commands["op.cpp"] = [*cpp, *OP_FLAGS, f"-I{torch_folder / 'include'}", "-c", "op.cpp"]
             # Named though the linker sees no need: only where a library names PyTorch's are its symbols found.
             link = [*cpp, *link, "op.o", "-Wl,--no-as-needed", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
         else:
             link = [*c, *link]
-        with contextlib.ExitStack() as running:  # where one fails, the others are waited for
-            compiling = [
-                running.enter_context(subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-                for command in commands.values()
-            ]
+        with contextlib.ExitStack() as running:  # where one fails or takes too long, the others are ended
+            compiling = []
+            for command in commands.values():
+                process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                compiling.append(running.enter_context(process))
+                running.callback(process.kill)  # does nothing to one that has ended
             for process, unit in zip(compiling, commands, strict=True):
                 _, stderr = process.communicate(timeout=600)
                 if process.returncode:

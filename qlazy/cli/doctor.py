@@ -76,6 +76,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "qlazy_kernels": kernels(),
         "compiler": os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
+        "cpp_compiler": os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
         "cpu": {
             "name": cpu_info("model name"),
             "threads": os.cpu_count(),
@@ -215,6 +216,7 @@ def text(found: dict[str, Any]) -> str:
         *((name, number or "not installed") for name, number in found["packages"].items()),
         ("qlazy_kernels", found["qlazy_kernels"]),
         ("c compiler", found["compiler"] or "none; on a CPU quantizing and answering take several times longer: install gcc"),
+        ("c++ compiler", found["cpp_compiler"] or "none; on a CPU small models answer somewhat slower: install g++"),
         ("cpu", f"{cpu['name'] or 'unknown'}, {cpu['usable_threads']} of {cpu['threads']} threads"),
         ("cpu features", " ".join(cpu["features"]) or "none that matter"),
         ("memory", f"{format_bytes(cpu['free_bytes'])} free of {format_bytes(cpu['total_bytes'])}"),

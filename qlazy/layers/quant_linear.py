@@ -172,11 +172,11 @@ class QuantLinear(nn.Module):
 
     def _few(self, x: Tensor) -> bool:
         """Whether x goes through the op for few tokens; compiled code must know for good, no second graph is made for it."""
-        if x.dtype is not self.dtype:
-            return False
+        if x.dtype is not self.dtype or not x.is_cpu:
+            return False  # a codebook's tables, which lie on the host, stay out of graphs for a GPU
         if torch.compiler.is_compiling():
             return not torch.compiler.is_exporting() and statically_known_true(x.numel() <= self._few_elements)
-        return x.numel() <= self._few_elements and x.is_cpu and native.available()
+        return x.numel() <= self._few_elements and native.available()
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """`forward` without gradients, through the op of the format.

@@ -60,6 +60,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
     x_dtype = _DTYPES.get(x.dtype)
     if loops is None or x_dtype is None or not _taken(weight) or not x.is_cpu:
         return None
+    if bias is not None and not bias.is_contiguous():
+        return None
     rows, columns = weight.shape
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], rows))

@@ -27,6 +27,9 @@ from qlazy.quantizing import codebook
 FEW_TOKENS = {INT4: 8, INT8: 8, CODEBOOK4: 8}
 """Up to this many tokens the compiled products are faster than dequantizing (measured, see docs/decisions/0005)."""
 
+_NESTED_CODE = codebook.nested_code()
+"""Held here: the compiler looks through a cached function, and would make the table anew at every product."""
+
 _library = torch.library.Library("qlazy", "DEF")
 _INT4 = "Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int in_features"
 _INT8 = "Tensor packed, Tensor scale, Tensor? bias"
@@ -93,7 +96,7 @@ def codebook4_weight(
     """
     nested = None
     if nested_absmax is not None and nested_offset is not None:
-        nested = (nested_absmax, nested_offset, codebook.nested_code())
+        nested = (nested_absmax, nested_offset, _NESTED_CODE)
     return Weight(CODEBOOK4, shape, BNB_BLOCK, packed, absmax, None, nested, codebook.CODES[kind])
 
 

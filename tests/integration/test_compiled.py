@@ -41,9 +41,13 @@ def answer(model, length: int, tokens: int = 8) -> list[int]:
 LENGTHS = [5, 9, 30, 6]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_one_graph_for_every_prompt_and_answer(name, checkpoint, counter):
-    model = qlazy.load_quantized(checkpoint(name), device_map="cpu", max_model_len=128)
+@pytest.mark.parametrize(
+    "name, options",
+    [("llama", {}), ("llama", {"format": "nf4"}), ("gpt2", {"bits": 8}), ("gemma3", {})],
+    ids=["llama", "llama-nf4", "gpt2-int8", "gemma3"],
+)
+def test_one_graph_for_every_prompt_and_answer(name, options, checkpoint, counter):
+    model = qlazy.load_quantized(checkpoint(name), device_map="cpu", max_model_len=128, **options)
     plain = [answer(model, length) for length in LENGTHS]
     compile_decoding(model)
     ids = torch.full((1, 4), 7)

@@ -223,6 +223,15 @@ def test_op_for_few_tokens_gives_the_bits_of_the_others(fmt, dtype, shape):
         assert torch.equal(few, other)
 
 
+def test_a_bias_that_is_one_number_for_all_rows():
+    layer, x = layer_of(Int4(), bias=True), random(2, 256)
+    layer.bias = torch.nn.Parameter(torch.full((128,), 3.0, dtype=torch.bfloat16), requires_grad=False)
+    expected = layer(x)
+    layer.bias = torch.nn.Parameter(torch.full((1,), 3.0, dtype=torch.bfloat16).expand(128), requires_grad=False)
+    require_close(layer(x), x, exact_weight(layer), layer.bias, torch.bfloat16)
+    assert torch.allclose(layer(x), expected, rtol=0.02)
+
+
 @pytest.mark.parametrize("fmt", [FORMATS[0], FORMATS[4], FORMATS[6]], ids=lambda fmt: fmt.name)
 def test_op_for_few_tokens_is_what_torch_library_expects(fmt):
     layer = layer_of(fmt, bias=True)
