@@ -96,7 +96,8 @@ def ppl(
         )
     else:
         bits = bits_per_weight(plan)
-        what = "nothing quantized" if bits is None else f"{plan.recipe.format.name}, {bits:.3f} bits per quantized weight"
+        aimed = plan.recipe.format.name if plan.recipe.target is None else f"target of {plan.recipe.target}"
+        what = "nothing quantized" if bits is None else f"{aimed}, {bits:.3f} bits per quantized weight"
         print(f"{model}: {what}\n{table(quality)}")
 
 
@@ -130,13 +131,15 @@ def _sixteen_bits(source: Source, reference: str | None, options: Options) -> tu
             f"{source.model_id} is in low bits already, so that there is nothing in 16 bits to compare it with.",
             hint="Give the model that it was made from as --reference, or use --no-reference.",
         )
-    plain: dict[str, Any] = {"modules_to_not_convert": ["*"], "module_bits": None}
+    # Nothing of the recipe is left, typed or in a file: a target would be one that 16 bits do not meet.
+    bare: dict[str, Any] = {**dict.fromkeys(RECIPE_FIELDS), "recipe": None}
+    plain: dict[str, Any] = {**bare, "modules_to_not_convert": ["*"]}
     if reference is not None:
         plain["revision"] = None
         other = open_source(reference, headers_only=True, **(options.source_arguments() | {"revision": None}))
         if keep(other) is not None:
             # What is in low bits already, say in 8, is compared with as it is.
-            plain = {**dict.fromkeys(RECIPE_FIELDS), "recipe": None, "revision": None}
+            plain = {**bare, "revision": None}
     whole = dataclasses.replace(options, **plain)
     try:
         return fitting(reference or source.model_id, whole), whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -70,6 +71,25 @@ def test_everything_in_16_bits_is_the_reference_itself(qlazy, tiny, prose):
     found = qlazy("ppl", tiny, "-f", prose, "--modules-to-not-convert", "*", "--json").json
     assert found["kl_mean"] == {"value": 0.0, "error": 0.0} and found["same_top"]["value"] == 1.0
     assert found["bits_per_weight"] is None
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_target_is_the_models_and_not_the_references(qlazy, tiny, prose, tmp_path, in_file):
+    (tmp_path / "aimed.yaml").write_text("target_bpw: 5.2\n")
+    told = ["--recipe", tmp_path / "aimed.yaml"] if in_file else ["--target-bpw", "5.2"]
+    done = qlazy("ppl", tiny, "-f", prose, *told)
+    assert done.code == 0
+    named = re.match(r"(.*): target of 5.2 bits per weight, (\S+) bits per quantized weight\n", done.out)
+    assert named[1] == str(tiny) and 4.9 < float(named[2]) <= 5.2
+    plain = qlazy("ppl", tiny, "-f", prose, "--json").json
+    found = qlazy("ppl", tiny, "-f", prose, *told, "--json").json
+    assert found["reference_perplexity"] == plain["reference_perplexity"]
+
+
+def test_a_size_to_meet_that_16_bits_do_not(qlazy, tiny, prose):
+    size = qlazy("plan", tiny, "--json").json["weight_bytes"] // 1024
+    found = qlazy("ppl", tiny, "-f", prose, "--target-size", f"{size}KiB", "--json")
+    assert found.code == 0 and found.json["report"]["plan"]["weight_bytes"] <= 1024 * size
 
 
 def test_the_text_that_comes_with_qlazy(qlazy, tiny):
