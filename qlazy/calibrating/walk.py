@@ -44,13 +44,19 @@ TOKENS = 4096
 """Tokens that go through a block at a time."""
 
 
-def require_integers(plan: Plan) -> None:
-    """Refuse to calibrate what has no room for it.
+def require_walk(model: PreTrainedModel, plan: Plan, length: int, make: Callable[[Tensor], Walk]) -> None:
+    """Refuse what cannot be calibrated, before it costs anything: a text of a few tokens goes up to the first block.
 
     Args:
+        model: A placeholder.
         plan: What will be written.
+        length: Tokens of a sequence.
+        make: Makes a walk with tokens.
     Raises:
-        UsageError: a weight has the format of a codebook.
+        UsageError: a weight has the format of a codebook, or the model takes no sequences of that length.
+        UnsupportedModel: the model cannot be run block by block.
+
+    Memory: what the decoder holds beside its blocks.
     """
     found = next((t.format for t in plan.tensors if isinstance(t.format, Codebook4)), None)
     if found is not None:
@@ -58,6 +64,16 @@ def require_integers(plan: Plan) -> None:
             f"{found.name} is bitsandbytes' own rounding, which is not calibrated.",
             hint="Use --format int4 or int8, or leave --calibrate out.",
         )
+    find_decoder(model)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < length:
+        raise UsageError(
+            f"Sequences of {length} tokens are longer than the {most} positions that {type(model).__name__} knows.",
+            hint=f"Use --sequence-length {most}.",
+        )
+    trial = make(torch.arange(4).view(2, 2))
+    trial.batch = 1  # so that what it tells its blocks is compared from sequence to sequence
+    trial.begin()
 
 
 class Walk:

@@ -87,7 +87,7 @@ def store_calibrated(
     """
     rows, columns = weight_NK.shape
     group = columns if fmt.group_size == -1 else fmt.group_size
-    if columns % group or (group < BLOCK and BLOCK % group) or (BLOCK < group < columns):
+    if columns % group or (group != columns and (group > BLOCK or BLOCK % group)):
         raise UsageError(
             f"Calibration takes no groups of {group} of {columns} columns.",
             hint="Use groups of 32, 64 or 128 that divide the columns, or -1 for one scale per row.",

@@ -127,13 +127,14 @@ class CalibratedSave:
     def _keep(self) -> None:
         walk = self._walk
         assert walk is not None
-        before = self._kept()
+        # What goes into the first block of this shard, which is not on the disk yet: an earlier attempt may have come as far.
+        begun = max((at for at in self._kept() if at < walk.next), default=walk.next)
         if walk.next < self._decoder.count:
             name = f"{_INPUTS}{walk.next}"
             header = json.dumps([list(walk.hidden.shape), str(walk.hidden.dtype).removeprefix("torch.")]).encode()
             streams = [stream.reshape(-1).view(torch.uint8).numpy().data for stream in (walk.hidden, walk.clean)]
             self._partial.write(name, [header.ljust(_HEADER), *streams])
-        self._forget({*before[-1:], walk.next})
+        self._forget({begun, walk.next})
 
     def _forget(self, wanted: set[int]) -> None:
         for number in set(self._kept()) - wanted:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qlazy.calibrating.blocks import find_decoder
 from qlazy.calibrating.calibration import Calibration
-from qlazy.calibrating.walk import Walk, require_integers
+from qlazy.calibrating.walk import Walk, require_walk
 from qlazy.match import match_tensors
 from qlazy.memory import trim_heap
 from qlazy.place import empty
@@ -33,7 +33,7 @@ from qlazy.saving.calibrated import CalibratedSave
 from qlazy.saving.companions import companions, config_json, gguf_companions
 from qlazy.saving.fill_shard import fill_shard
 from qlazy.saving.fingerprint import content_key, fingerprint, weight_files
-from qlazy.saving.folder import PartialFolder, writing
+from qlazy.saving.folder import PartialFolder, require_replaceable, writing
 from qlazy.saving.layout_config import Layout
 from qlazy.saving.layouts import default_layout
 from qlazy.saving.outputs import stored
@@ -81,11 +81,12 @@ def save(
         drop_page_cache: Give the file pages that reading brings in back to the kernel.
         on_progress: Called a few times a second.
         calibration: Walk through the blocks of the model with a text, and round by what each layer takes in.
-        text: Gives the tokens of that text; only asked for where no earlier attempt has.
+        text: Gives the tokens of that text, needed then; only asked for where no earlier attempt has.
     Returns:
         What was written.
     Raises:
-        UsageError: the folder holds something else, or the layout cannot hold the recipe's formats.
+        UsageError: the folder holds something else, the layout cannot hold the recipe's formats, or a text to calibrate on
+            has longer sequences than the model takes.
         UnsupportedModel: a model that cannot be walked through block by block.
         OutOfSpace: the disk is full; what is complete stays for the next attempt.
         CorruptCheckpoint: a damaged file, by name of file and tensor.
@@ -102,7 +103,8 @@ def save(
     if done is not None:
         return done
     sources = [*weight_files(source), *([source.folder] if source.folder is not None else [])]
-    with writing(folder, key, force=force, sources=sources) as partial, torch.no_grad():
+    require_replaceable(folder, force=force, sources=sources)
+    with torch.no_grad():  # whatever is refused is refused before there is a folder
         plan = make_plan(source, recipe, UNLIMITED, dtype=dtype)
         model = build_placeholder(source, getattr(torch, plan.dtype), trust_remote_code=trust_remote_code)
         match = match_tensors(model, source)
@@ -110,26 +112,27 @@ def save(
         plan = swap_layers(model, dataclasses.replace(plan, recipe=recipe), match, source)
         pieces = make_pieces(model, plan, match, source)
         require_layout_fits(pieces, layout)
+        make_walk = functools.partial(
+            Walk, model, plan, match, source, trust_remote_code=trust_remote_code, drop_page_cache=drop_page_cache
+        )
+        if calibration is not None:
+            require_walk(model, plan, calibration.sequence_length, make_walk)
+    with writing(folder, key, force=force, sources=sources) as partial, torch.no_grad():
         walk = None
-        if calibration is not None and text is not None:
-            require_integers(plan)
-            walk = CalibratedSave(
-                partial,
-                text,
-                functools.partial(
-                    Walk, model, plan, match, source, trust_remote_code=trust_remote_code, drop_page_cache=drop_page_cache
-                ),
-                find_decoder(model),
-            )
+        if calibration is not None:
+            assert text is not None
+            walk = CalibratedSave(partial, text, make_walk, find_decoder(model))
             pieces = walk.in_blocks(pieces)
         shards = cut_shards(pieces, shard_bytes)
         resumed = len(partial.done.keys() & shards.keys())
-        total, before = sum(fill.nbytes for fill in match.fills), 0
+        total, before, most = sum(fill.nbytes for fill in match.fills), 0, 0
 
         def reading(done: int) -> None:
+            nonlocal most
+            most = max(most, before + done)  # what a walk leaves of a shard is read after it, and counted from 0
             if on_progress is not None:
                 stage = "read" if walk is None else "calibrate"
-                on_progress(Progress(stage=stage, done_bytes=before + done, total_bytes=total))
+                on_progress(Progress(stage=stage, done_bytes=most, total_bytes=total))
 
         for name, shard in shards.items():
             if name not in partial.done:

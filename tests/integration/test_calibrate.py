@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import qlazy
 from qlazy.calibrating.calibration import Calibration
@@ -92,7 +93,9 @@ def test_the_manifest_and_the_folder_say_how(checkpoint, tmp_path):
     assert torch.tensor(told["tokens"]).shape == (2, 8) and "calibration.json" in manifest["files"]
     file.write_text("a text")
     with pytest.raises(UnsupportedModel, match="has no tokenizer"):  # the checkpoint is weights alone
-        qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", calibrate=Calibration(file=file), force=True)
+        qlazy.save_quantized(
+            checkpoint("llama"), tmp_path / "saved", calibrate=Calibration(file=file, sequence_length=8), force=True
+        )
 
 
 def test_the_same_again_is_what_is_there(checkpoint, tmp_path):
@@ -172,12 +175,26 @@ def test_experts_that_no_token_comes_to_are_told(checkpoint, tmp_path, monkeypat
 def test_other_models_are_refused_before_anything_is_written(checkpoint, tmp_path, name, words):
     with pytest.raises(UnsupportedModel, match=words):
         qlazy.save_quantized(checkpoint(name), tmp_path / "saved", calibrate=True)
-    assert not (tmp_path / "saved").exists()
+    assert not list(tmp_path.glob("*saved*"))
 
 
-def test_what_cannot_be_calibrated_is_refused(checkpoint, tmp_path):
+def test_what_cannot_be_calibrated_is_refused_before_the_text_and_the_folder(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="nf4-dq is bitsandbytes' own rounding"):
         qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", format="nf4", calibrate=True)
+    with pytest.raises(UsageError, match="Sequences of 257 tokens are longer than the 256 positions that Llama"):
+        qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", calibrate=Calibration(sequence_length=257))
+    forward = LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda self, input_ids, **rest: forward(self, input_ids[:, :1], **rest))
+
+    def text() -> Tensor:
+        raise AssertionError("this takes minutes")
+
+    with pytest.raises(UnsupportedModel, match="LlamaModel does more than hand on"):
+        calibrated(checkpoint("llama"), tmp_path / "saved", text)
+    assert not list(tmp_path.glob("*saved*"))
+    monkeypatch.undo()
+    with pytest.raises(AssertionError):
+        calibrated(checkpoint("llama"), tmp_path / "saved", None)
     loaded = qlazy.load_quantized(checkpoint("llama"), device_map="cpu")
     with pytest.raises(UsageError, match="is in low bits already"):
         qlazy.save_quantized(loaded, tmp_path / "saved", calibrate=True)

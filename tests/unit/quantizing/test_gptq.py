@@ -105,6 +105,15 @@ def test_every_format_has_its_layout_and_less_error_than_without_calibration(fmt
     assert loss(error, hessian) < 0.7 * loss(without, hessian)
 
 
+@pytest.mark.parametrize("columns", [48, 96])
+@pytest.mark.parametrize("fmt", [Int4(group_size=-1), Int8()], ids=lambda fmt: fmt.name)
+def test_layers_of_few_columns_have_one_group(fmt: Int4 | Int8, columns: int) -> None:
+    weight, hessian = random_weight(16, columns), correlated(columns)
+    stored = quantize_calibrated(weight, fmt, Curvature.from_hessian(hessian.clone()), scale_dtype=torch.bfloat16)
+    error, without = weight - values(stored, fmt, weight.shape), weight - plain(weight, fmt)
+    assert loss(error, hessian) < 0.9 * loss(without, hessian)
+
+
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(16, 40), groups=st.integers(1, 5), tokens=st.integers(20, 400), seed=st.integers(0, 10**6))
 def test_no_weight_loses_by_calibration(rows: int, groups: int, tokens: int, seed: int) -> None:
