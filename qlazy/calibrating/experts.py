@@ -5,6 +5,7 @@ What the experts take in is kept in a temporary file, so that no more than one e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from qlazy.calibrating.rounding import Seen, curvature_of, round_layer
+from qlazy.calibrating.rounding import Seen, curvature_of, round_layer, why_less
 from qlazy.calibrating.spilled import spilled
 from qlazy.calibrating.stages import ROWS
 from qlazy.layers.packed_stack import PackedStack
@@ -37,7 +38,7 @@ def round_experts(
     packed: Mapping[str, PackedStack],
     calls: Iterable[tuple[Any, ...]],
     tokens: int,
-) -> int:
+) -> tuple[int, dict[str, int]]:
     """Quantize all experts of a module, and put what they have become in the place of what they were.
 
     Args:
@@ -46,7 +47,7 @@ def round_experts(
         calls: What it is called with, batch by batch.
         tokens: In all of these.
     Returns:
-        Experts that no token came to.
+        Weights that were calibrated, and how many experts were not or less so, by the reason.
     Raises:
         NonFiniteError: a weight is NaN or infinite.
 
@@ -55,23 +56,29 @@ def round_experts(
     module: Any = experts
     states, chosen = _kept(calls, tokens)
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    count, unseen = len(getattr(experts, first)), 0
-    for number in range(count):
+    weights, less = 0, Counter[str]()
+    for number in range(len(getattr(experts, first))):
         rows = (chosen == number).any(1).nonzero().squeeze(1)
-        unseen += not len(rows)
-        _round(experts, packed, first, number, _parts(states, rows))
+        one = _round(experts, packed, first, number, _parts(states, rows))
         up, bias = _matrix(experts, first, number), _bias(experts, first, number)
         inner = (_activated(module, linear(x, up, bias)) for x in _parts(states, rows))
-        _round(experts, packed, "down_proj", number, inner)
-    return unseen
+        other = _round(experts, packed, "down_proj", number, inner)
+        weights += one[0] + other[0]
+        less.update({one[1] or other[1]} - {""})
+    return weights, dict(less)
 
 
-def _round(experts: nn.Module, packed: Mapping[str, PackedStack], name: str, number: int, inputs: Iterable[Tensor]) -> None:
+def _round(
+    experts: nn.Module, packed: Mapping[str, PackedStack], name: str, number: int, inputs: Iterable[Tensor]
+) -> tuple[int, str]:
+    """Round one matrix of one expert; how many weights were calibrated, or why none."""
     if name not in packed:
-        return
+        return 0, ""
     matrix, layer = _matrix(experts, name, number), packed[name].layer(number)
     curvature = curvature_of(layer.in_features, (Seen(x=x) for x in inputs))
     matrix.copy_(round_layer(layer, matrix, curvature))
+    reason = why_less(layer.in_features, curvature)
+    return 0 if reason else matrix.numel(), reason
 
 
 def _kept(calls: Iterable[tuple[Any, ...]], tokens: int) -> tuple[Tensor, Tensor]:

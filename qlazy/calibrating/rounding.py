@@ -34,6 +34,23 @@ class Seen:
     """How much an error in what the layer gives for each token counts; None: all the same."""
 
 
+def why_less(columns: int, curvature: Curvature | None) -> str:
+    """Why a layer is rounded by less than all that its inputs could say.
+
+    Args:
+        columns: K, of the layer.
+        curvature: What they do say.
+    Returns:
+        The reason; empty where it is not.
+    """
+    if curvature is None:
+        return "no token came"
+    if curvature.factor is not None:
+        return ""
+    reason = "few tokens for the columns" if curvature_blocks(columns) else "too many columns, and no multiple of 128"
+    return f"{reason}: by the mean squares of the inputs alone"
+
+
 def curvature_of(columns: int, inputs: Iterable[Seen]) -> Curvature | None:
     """What the inputs of a layer say of its weights.
 
@@ -41,13 +58,14 @@ def curvature_of(columns: int, inputs: Iterable[Seen]) -> Curvature | None:
         columns: K, of the layer.
         inputs: What it takes in, some tokens after others.
     Returns:
-        The curvature; None without tokens.
+        The curvature, of few tokens or too many columns its diagonal alone; None without tokens.
 
     Memory: K x K in float32 four times, or blocks of that for layers of many columns; 2048 tokens.
     """
-    blocks = curvature_blocks(columns)
+    whole = curvature_blocks(columns)
+    blocks = whole or columns
     hessian = torch.zeros(blocks, columns // blocks, columns // blocks)
-    drift: Tensor | None = torch.zeros_like(hessian)
+    drift: Tensor | None = torch.zeros_like(hessian) if whole else None
     tokens = 0
     for seen in inputs:
         x = seen.x.reshape(-1, columns)
@@ -65,7 +83,7 @@ def curvature_of(columns: int, inputs: Iterable[Seen]) -> Curvature | None:
             add_products(hessian, right, right)
     if not tokens:
         return None
-    if tokens < columns // FEWEST:
+    if not whole or tokens < columns // FEWEST:
         return Curvature.from_diagonal(hessian.diagonal(dim1=1, dim2=2).reshape(-1) / tokens)
     return Curvature.from_hessian(hessian.div_(tokens), drift=None if drift is None else drift.div_(tokens))
 

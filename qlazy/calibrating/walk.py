@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,7 +22,7 @@ from qlazy.calibrating.blocks import Call, embed, find_decoder, run_block
 from qlazy.calibrating.calibration import Calibrated
 from qlazy.calibrating.experts import reason_not, round_experts
 from qlazy.calibrating.fill_part import fill_part, tie
-from qlazy.calibrating.rounding import Seen, curvature_of, round_layer, round_stack, weight_of
+from qlazy.calibrating.rounding import Seen, curvature_of, round_layer, round_stack, weight_of, why_less
 from qlazy.calibrating.spilled import spilled
 from qlazy.calibrating.stages import find_stages, input_of
 from qlazy.errors import CorruptCheckpoint, UnsupportedModel, UsageError
@@ -209,15 +208,17 @@ class Walk:
                 calls = (input_of(block, path, call, part) for part in self.hidden.split(self.batch))
                 with _naming(f"{prefix}{path}"):
                     module, tokens = block.get_submodule(path), self.tokens.numel()
-                    missed = round_experts(module, stacks[path], (seen for seen in calls if seen is not None), tokens)
-                if missed:
-                    self.done.plain[f"{prefix}{path}"] = f"no token came to {missed} of the experts"
-                self.done.weights += sum(math.prod(stack.stack.shape) for stack in stacks[path].values())
+                    made, less = round_experts(module, stacks[path], (seen for seen in calls if seen is not None), tokens)
+                if less:
+                    told = "; ".join(f"{count} of the experts: {reason}" for reason, count in less.items())
+                    self.done.plain[f"{prefix}{path}"] = told
+                self.done.weights += made
                 continue
             # What is added to the stream of the residuals counts by how large that is, as the next norm divides by it.
             adds = len(stage.names) == 1 and layers[path].out_features == self.hidden.shape[-1]
             inputs = self._inputs(block, reference, path, call, weights if adds else None)
-            curvature = curvature_of(layers[path].in_features, inputs)
+            with _naming(f"{prefix}{path}"):
+                curvature = curvature_of(layers[path].in_features, inputs)
             for path in stage.names:
                 self._round_layer(f"{prefix}{path}", block.get_submodule(path), layers[path], curvature)
         for path, reason in (left | unseen).items():
@@ -242,7 +243,9 @@ class Walk:
         weight = weight_of(linear)
         with _naming(name):
             weight.copy_(round_layer(layer, weight, curvature))
-        if curvature is not None:
+        if reason := why_less(layer.in_features, curvature):
+            self.done.plain.setdefault(name, reason)
+        else:
             self.done.weights += weight.numel()
 
     def _beside(self) -> list[str]:
@@ -265,9 +268,11 @@ def _weights(hidden: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Name the weight that is not finite."""
+    """Name the weight that is not finite, or what goes into it."""
     try:
         yield
+    except UsageError as error:
+        raise CorruptCheckpoint(f"{name!r}: {error.message}", hint=error.hint) from None
     except NonFiniteError:
         raise CorruptCheckpoint(
             f"{name!r} holds a NaN or an infinity, or what goes into it does.",

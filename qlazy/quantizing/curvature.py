@@ -16,7 +16,10 @@ from torch import Tensor
 from qlazy.errors import UsageError
 
 LARGEST_BLOCK = 8192
-"""Columns up to which H is kept whole (256 MiB, and its factor again as much)."""
+"""Columns up to which H is kept whole (256 MiB, and its factor again as much); twice as many where it cannot be cut well."""
+
+SMALLEST_BLOCK = 2048
+"""Columns that a block should have: what it does not know of the others is lost."""
 
 ALIGNED = 128
 """Blocks of H begin at multiples of this, so that no group lies in two."""
@@ -38,12 +41,15 @@ def curvature_blocks(columns: int) -> int:
         columns: Inputs of the layer.
 
     Returns:
-        The number of blocks; 1 where the columns cannot be cut evenly at multiples of 128.
+        The number of blocks, of 16384 columns at most; 0 where so many columns cannot be cut evenly at multiples of 128.
     """
     units, rest = divmod(columns, ALIGNED)
-    if columns <= LARGEST_BLOCK or rest:
-        return 1
-    return next(count for count in range(2, units + 1) if units % count == 0 and columns // count <= LARGEST_BLOCK)
+    counts = [1] if rest else [count for count in range(1, units + 1) if units % count == 0]
+    for least, most in ((SMALLEST_BLOCK, LARGEST_BLOCK), (SMALLEST_BLOCK, 2 * LARGEST_BLOCK), (0, LARGEST_BLOCK)):
+        for count in counts:
+            if columns // count <= most and (count == 1 or columns // count >= least):
+                return count
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qlazy.calibrating.rounding import Seen, curvature_of, round_layer
+from qlazy.calibrating.rounding import Seen, curvature_of, round_layer, why_less
 from qlazy.formats import Int4
 from qlazy.layers.linear import Int4Linear
 from qlazy.quantizing.curvature import Curvature
@@ -38,7 +38,17 @@ def test_few_tokens_tell_their_mean_squares_alone():
     found = curvature_of(64, [Seen(x=x[0, :15])])
     assert found is not None and found.factor is None
     torch.testing.assert_close(found.hessian, Curvature.from_diagonal(x[0, :15].square().mean(0)).hessian)
-    assert curvature_of(64, []) is None
+    assert why_less(64, found) == "few tokens for the columns: by the mean squares of the inputs alone"
+    assert curvature_of(64, []) is None and why_less(64, None) == "no token came"
+
+
+def test_columns_that_cannot_be_cut_tell_their_mean_squares_alone(monkeypatch):
+    monkeypatch.setattr("qlazy.quantizing.curvature.LARGEST_BLOCK", 16)
+    x, clean, _ = inputs()
+    found = curvature_of(64, [Seen(x=x, clean=clean)])
+    assert found is not None and found.factor is None
+    torch.testing.assert_close(found.hessian, Curvature.from_diagonal(x.view(-1, 64).square().mean(0)).hessian)
+    assert why_less(64, found).startswith("too many columns, and no multiple of 128")
 
 
 def test_weights_move_towards_what_answers_as_before():

@@ -221,10 +221,24 @@ def test_damping_is_a_share_of_the_mean_and_grows_where_there_is_no_factor() -> 
 
 
 @pytest.mark.parametrize(
-    ("columns", "blocks"), [(4096, 1), (8192, 1), (11008, 2), (14336, 2), (18944, 4), (28672, 4), (9000, 1), (128 * 67, 67)]
+    ("columns", "blocks"),
+    [
+        (4096, 1),
+        (8192, 1),
+        (11008, 2),
+        (14336, 2),
+        (18944, 4),
+        (28672, 4),
+        (13696, 1),
+        (18176, 2),
+        (128 * 131, 131),
+        (9000, 1),
+        (17000, 0),
+    ],
 )
 def test_h_is_cut_evenly_where_it_is_large(columns: int, blocks: int) -> None:
     assert curvature_blocks(columns) == blocks
+    assert columns // max(1, blocks) <= 16384 or not blocks
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
