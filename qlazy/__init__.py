@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qlazy.api import load_quantized, plan
+    from qlazy.calibrating.calibration import Calibration
     from qlazy.errors import QlazyError
     from qlazy.hf_config import QlazyConfig
     from qlazy.lazy import lazy_build, materialize
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "QlazyConfig",
     "QlazyError",
     "__version__",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Calibration": "qlazy.calibrating.calibration",
     "QlazyConfig": "qlazy.hf",  # not hf_config, as this one registers the quantizer as well
     "QlazyError": "qlazy.errors",
     "lazy_build": "qlazy.lazy",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from qlazy.calibrating.calibration import Calibration
-from qlazy.calibrating.tokens import sample_tokens, text_tokens
+from qlazy.calibrating.tokens import Text, sample_tokens, text_tokens
 from qlazy.errors import DoesNotFit, UnsupportedModel
 from qlazy.load import load
 from qlazy.memory import anonymous_bytes, trim_heap
@@ -20,8 +20,13 @@ from qlazy.planning.recipe import make_recipe
 from qlazy.report import Progress
 from qlazy.sources.source import Source
 
+logger = logging.getLogger(__name__)
+
 CACHE_BYTES = 1 << 30
 """Keys and values of the sequences that are written side by side."""
+
+SLACK_BYTES = 1 << 30
+"""Kept free beside them."""
 
 
 def tokens_for(
@@ -31,7 +36,7 @@ def tokens_for(
     trust_remote_code: bool = False,
     drop_page_cache: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
-) -> Tensor:
+) -> Text:
     """The tokens that a model is calibrated on.
 
     Args:
@@ -41,7 +46,7 @@ def tokens_for(
         drop_page_cache: Give the file pages that the load brings in back to the kernel.
         on_progress: Called now and then; the bytes of its stage `write` are those of token ids.
     Returns:
-        int64 (sequences, length).
+        The tokens, and in how many bits the model wrote them.
     Raises:
         UsageError: the file cannot be read, or is too short.
         UnsupportedModel: there is no tokenizer for the file, or the model does not predict tokens.
@@ -51,13 +56,14 @@ def tokens_for(
     """
     text = calibration.text()
     if text is not None:
-        return text_tokens(_tokenizer(source), text, calibration)
+        return Text(tokens=text_tokens(_tokenizer(source, trust_remote_code), text, calibration))
     length, total = calibration.sequence_length, calibration.samples * calibration.sequence_length * 8
     per_sequence = max(1, kv_cache_bytes(source.config, length, "float32" if source.kind == "gguf" else "bfloat16"))
     batch = max(1, min(calibration.samples, CACHE_BYTES // per_sequence))
     model = None
     for bits in (8, 4):
-        budget = make_budget(max_model_len=batch * length)
+        # One token of each sequence at a time: activations are few, but there are keys and values of all.
+        budget = make_budget(max_model_len=length, reserve=batch * per_sequence + SLACK_BYTES)
         try:
             model = load(
                 source,
@@ -76,6 +82,7 @@ def tokens_for(
                     needed_bytes=error.needed_bytes,
                     free_bytes=error.free_bytes,
                 ) from None
+            logger.warning("the model writes its calibration text in 4 bits, as it does not fit in 8: %s", error.message)
     assert model is not None
 
     def written(tokens: int) -> None:
@@ -83,7 +90,7 @@ def tokens_for(
             on_progress(Progress(stage="write", done_bytes=8 * tokens, total_bytes=total, host_bytes=anonymous_bytes()))
 
     try:
-        return sample_tokens(model, calibration, batch=batch, on_tokens=written)
+        return Text(tokens=sample_tokens(model, calibration, batch=batch, on_tokens=written), bits=bits)
     finally:
         del model
         gc.collect()
@@ -92,12 +99,15 @@ def tokens_for(
             torch.cuda.empty_cache()
 
 
-def _tokenizer(source: Source) -> object:
+def _tokenizer(source: Source, trust_remote_code: bool) -> object:
     within = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **within)
+        return AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=trust_remote_code, **within
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
         raise UnsupportedModel(
-            f"{source.folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
+            f"{source.folder} has no tokenizer that transformers can read: {why}",
             hint="Copy the tokenizer's files beside the weights, or leave --calibration-file out.",
         ) from error

@@ -16,8 +16,9 @@ from qlazy.sizes import parse_bytes
 from qlazy.sources.source import open_source
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
+
+    from qlazy.calibrating.tokens import Text
 
 
 def save_quantized(
@@ -128,7 +129,7 @@ def save_quantized(
     )
     from qlazy.saving.save import save
 
-    def text() -> Tensor:
+    def text() -> Text:
         from qlazy.own_text import tokens_for
 
         assert calibration is not None

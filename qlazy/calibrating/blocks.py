@@ -203,7 +203,9 @@ def _calls(decoder: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> list
         except QlazyError:
             raise
         except Exception as error:  # any model's own code
-            raise UnsupportedModel(f"{type(decoder).__name__} cannot be run block by block: {error}", hint=_HINT) from error
+            raise UnsupportedModel(
+                f"{type(decoder).__name__} cannot be run block by block: {error or type(error).__name__}", hint=_HINT
+            ) from error
     raise UnsupportedModel(
         f"{type(decoder).__name__} runs {len(calls)} of its {len(blocks)} blocks, and each should be run once.", hint=_HINT
     )

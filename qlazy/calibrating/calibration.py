@@ -14,7 +14,7 @@ from qlazy.errors import UsageError
 class Calibration:
     """The text whose tokens go through a model while it is quantized."""
 
-    file: Path | None = None
+    file: str | Path | None = None
     """A text in UTF-8; None: the model writes its own."""
     samples: int = 64
     """Sequences of tokens."""
@@ -44,7 +44,7 @@ class Calibration:
         if self.file is None:
             return None
         try:
-            return self.file.read_text(encoding="utf-8")
+            return Path(self.file).read_text(encoding="utf-8")
         except OSError as error:
             raise UsageError(
                 f"{self.file} cannot be read: {error.strerror or error}.", hint="Give --calibration-file a text file."

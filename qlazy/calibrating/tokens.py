@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,16 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from qlazy.calibrating.calibration import Calibration
 from qlazy.errors import UnsupportedModel, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What goes through a model while it is calibrated."""
+
+    tokens: Tensor
+    """int64 (sequences, length)."""
+    bits: int | None = None
+    """In how many bits the model wrote it; None: it comes from a file."""
 
 
 def sample_tokens(

@@ -21,7 +21,7 @@ from qlazy.sizes import parse_bytes
 from qlazy.sources.source import open_source
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from qlazy.calibrating.tokens import Text
 
 _IDLE = (
     "device_map",
@@ -93,7 +93,7 @@ def save(
     with Display(silent=options.quiet or options.json) as display:
         source = fetch(source, options, display)
 
-        def text() -> Tensor:
+        def text() -> Text:
             from qlazy.own_text import tokens_for
 
             assert calibration is not None
@@ -130,6 +130,10 @@ def _calibration(calibrate: bool, **told: Any) -> Calibration | None:
     if given and not calibrate and "file" not in given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UsageError(f"{flags} belongs to a calibration.", hint="Add --calibrate.")
+    if "file" in given and "seed" in given:
+        raise UsageError(
+            "--seed is of the text that the model writes, and --calibration-file is another.", hint="Leave one out."
+        )
     return Calibration(**given) if calibrate or given else None
 
 

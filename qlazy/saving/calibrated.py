@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from qlazy.calibrating.blocks import Decoder
 from qlazy.calibrating.calibration import Calibrated
 from qlazy.calibrating.spilled import spilled
+from qlazy.calibrating.tokens import Text
 from qlazy.calibrating.walk import Walk
 from qlazy.place import empty
 from qlazy.saving.folder import PartialFolder
@@ -39,7 +41,7 @@ class CalibratedSave:
     """
 
     def __init__(
-        self, partial: PartialFolder, text: Callable[[], Tensor], walk: Callable[[Tensor], Walk], decoder: Decoder
+        self, partial: PartialFolder, text: Callable[[], Text], walk: Callable[[Tensor], Walk], decoder: Decoder
     ) -> None:
         self._partial, self._text, self._make, self._decoder = partial, text, walk, decoder
         self._walk: Walk | None = None
@@ -48,6 +50,17 @@ class CalibratedSave:
     def done(self) -> Calibrated:
         """What was calibrated."""
         return Calibrated() if self._walk is None else self._walk.done
+
+    def told(self) -> dict[str, Any]:
+        """What the manifest says beside what was asked for.
+
+        Returns:
+            In how many bits the model wrote the text; nothing where it comes from a file, or was not needed.
+
+        Memory: the tokens.
+        """
+        written = self._written() if TOKENS in self._partial.done else {}
+        return {name: bits for name, bits in written.items() if name == "written_in_bits"}
 
     def in_blocks(self, pieces: Iterable[Piece]) -> list[Piece]:
         """Join the pieces of each block, so that no shard ends within one.
@@ -116,9 +129,13 @@ class CalibratedSave:
     def _tokens(self) -> Tensor:
         if TOKENS not in self._partial.done:
             made = self._text()
-            self._partial.write(TOKENS, [json.dumps({"schema": 1, "tokens": made.tolist()}).encode()])
-        told = json.loads((self._partial.path / TOKENS).read_bytes())
-        return torch.tensor(told["tokens"], dtype=torch.int64)
+            wrote = {} if made.bits is None else {"written_in_bits": made.bits}
+            self._partial.write(TOKENS, [json.dumps({"schema": 1, **wrote, "tokens": made.tokens.tolist()}).encode()])
+        return torch.tensor(self._written()["tokens"], dtype=torch.int64)
+
+    def _written(self) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads((self._partial.path / TOKENS).read_bytes())
+        return told
 
     def _kept(self) -> list[int]:
         names = [name for name in self._partial.done if name.startswith(_INPUTS)]

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from qlazy.calibrating.blocks import find_decoder
 from qlazy.calibrating.calibration import Calibration
+from qlazy.calibrating.tokens import Text
 from qlazy.calibrating.walk import Walk, require_walk
 from qlazy.match import match_tensors
 from qlazy.memory import trim_heap
@@ -65,7 +65,7 @@ def save(
     drop_page_cache: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
     calibration: Calibration | None = None,
-    text: Callable[[], Tensor] | None = None,
+    text: Callable[[], Text] | None = None,
 ) -> SaveReport:
     """Quantize an opened source into a folder. `qlazy.save_quantized` is this with the options spelled out.
 
@@ -143,7 +143,8 @@ def save(
                 empty(model, {output.name for piece in shard for output in piece.outputs if output.name})
                 trim_heap()
             before += sum(fill.nbytes for piece in shard for fill in piece.fills)
-        if walk is not None:
+        if calibration is not None and walk is not None:
+            told = {"calibration": calibration.told() | walk.told()}
             walk.end()
         nbytes = write_index(partial, list(shards))
         beside = gguf_companions(source, model) if source.gguf_file else companions(source.folder or Path())

@@ -55,3 +55,5 @@ def test_calibrated_on_a_file(qlazy, tiny, tmp_path):
     assert report.code == 0 and report.json["calibrated"]["sequences"] == 2
     done = qlazy("save", tiny, tmp_path / "other", *options)
     assert done.code == 2 and "--samples, --sequence-length belongs to a calibration" in done.err
+    done = qlazy("save", tiny, tmp_path / "other", "--calibration-file", file, "--seed", "1")
+    assert done.code == 2 and "--seed is of the text that the model writes" in done.err

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import qlazy
 from qlazy.calibrating.calibration import Calibration
+from qlazy.calibrating.tokens import Text
 from qlazy.calibrating.walk import Walk
 from qlazy.errors import UnsupportedModel, UsageError
 from qlazy.planning.recipe import make_recipe
@@ -36,7 +37,8 @@ def text(samples: int = 8) -> Tensor:
 
 
 def calibrated(source: Path, folder: Path, tokens: Any = text, **options: Any) -> Any:
-    return save(open_source(source), make_recipe(), folder, calibration=SMALL, text=tokens, shard_bytes=60_000, **options)
+    written = None if tokens is None else lambda: Text(tokens=tokens())
+    return save(open_source(source), make_recipe(), folder, calibration=SMALL, text=written, shard_bytes=60_000, **options)
 
 
 def same(one: Path, other: Path) -> bool:
@@ -89,9 +91,13 @@ def test_the_manifest_and_the_folder_say_how(checkpoint, tmp_path):
     qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", calibrate=own)
     manifest = read_manifest(tmp_path / "saved")
     assert manifest is not None
-    assert manifest["calibration"] == {"samples": 2, "sequence_length": 8, "text": "its own", "seed": 5}
+    assert manifest["calibration"] == {"samples": 2, "sequence_length": 8, "text": "its own", "seed": 5, "written_in_bits": 8}
     told = json.loads((tmp_path / "saved/calibration.json").read_text())
-    assert torch.tensor(told["tokens"]).shape == (2, 8) and "calibration.json" in manifest["files"]
+    assert (
+        torch.tensor(told["tokens"]).shape == (2, 8)
+        and told["written_in_bits"] == 8
+        and "calibration.json" in manifest["files"]
+    )
     file.write_text("a text")
     with pytest.raises(UnsupportedModel, match="has no tokenizer"):  # the checkpoint is weights alone
         qlazy.save_quantized(
@@ -207,6 +213,7 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the ring grows with t
 import torch
 import transformers.generation, transformers.models.llama.modeling_llama
 from qlazy.calibrating.calibration import Calibration
+from qlazy.calibrating.tokens import Text
 from qlazy.memory import Meter
 from qlazy.planning.recipe import make_recipe
 from qlazy.saving.save import save
@@ -218,7 +225,7 @@ tokens = torch.randint(3, 1000, (2, 16))
 recipe = make_recipe(modules_to_not_convert=["q_proj", "k_proj", "v_proj", "mlp"])
 with Meter(interval_s=0.002) as meter:
     save(open_source(sys.argv[1]), recipe, "saved", calibration=Calibration(samples=2, sequence_length=16),
-         text=lambda: tokens, shard_bytes=1 << 20)
+         text=lambda: Text(tokens=tokens), shard_bytes=1 << 20)
 print(json.dumps(meter.peak_bytes))
 """
 

@@ -12,6 +12,7 @@ import pytest
 import qlazy
 
 PUBLIC = [
+    "Calibration",
     "QlazyConfig",
     "QlazyError",
     "__version__",

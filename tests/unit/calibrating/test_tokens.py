@@ -73,7 +73,7 @@ def test_sequences_come_evenly_from_a_text(bos):
 def test_what_is_told_decides_what_is_made(tmp_path):
     file = tmp_path / "text"
     file.write_text("one")
-    one = Calibration(file=file).told()
+    one = Calibration(file=str(file)).told()
     file.write_text("two")
     told = [one, Calibration(file=file).told(), Calibration().told(), Calibration(seed=1).told(), Calibration(samples=2).told()]
     assert len({str(each) for each in told}) == 5

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlazy.calibrating.blocks import Decoder
+from qlazy.calibrating.tokens import Text
 from qlazy.saving.calibrated import CalibratedSave
 from qlazy.saving.folder import writing
 from qlazy.saving.pieces import Piece
@@ -54,7 +55,7 @@ def attempt(folder: Path, *, fails_at: int) -> tuple[list[int], Tensor]:
         return made[0]
 
     with pytest.raises(KeyboardInterrupt), writing(folder, "key") as partial:
-        saved = CalibratedSave(partial, lambda: torch.arange(6).view(2, 3), make, DECODER)
+        saved = CalibratedSave(partial, lambda: Text(tokens=torch.arange(6).view(2, 3)), make, DECODER)
         for first in range(0, DECODER.count, 2):
             if f"shard-{first}" in partial.done:
                 continue
