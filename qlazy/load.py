@@ -125,7 +125,7 @@ def load(
         if random_init:
             reference = build_reference(source, getattr(torch, resolve_dtype(source, dtype, budget)), **construct)
             source = with_tensors(source, reference)
-        plan = make_plan(source, recipe, budget, dtype=dtype)
+        plan = make_plan(source, recipe, budget, dtype=dtype, patient=True)
         _require_one_kind(plan)
         if gpus := sorted({tensor.device for tensor in plan.tensors} - {"cpu"}):
             open_gpus(gpus)
@@ -137,7 +137,7 @@ def load(
             match = match_tensors(model, source, strict=strict) if reference is None else match_drawn(model, source, reference)
             if recipe.target is not None and reference is None:
                 clock.lap("build")
-                recipe = measured(model, recipe, plan.dtype, match, drop_page_cache=drop_page_cache)
+                recipe = measured(model, recipe, plan.dtype, match, drop_page_cache=drop_page_cache, on_progress=on_progress)
                 plan = dataclasses.replace(plan, recipe=recipe)
                 clock.lap("measure")
             plan = swap_layers(model, plan, match, source)

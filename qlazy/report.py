@@ -17,7 +17,7 @@ class Progress:
     """How far a load has come, a few times a second."""
 
     stage: str
-    """`download`, `read`, or `calibrate`, which reads too."""
+    """`download`, `measure` (for a target), `read`, or `calibrate`, which reads too."""
     done_bytes: int
     """Bytes of this stage that are done."""
     total_bytes: int
@@ -118,8 +118,11 @@ def plan_summary(plan: Plan) -> str:
             lines.append(f"Of these in {name}: {_tensors(len(held))}, {format_bytes(sum(t.nbytes for t in held))} ({reason}).")
     for (reason, dtype), kept in unquantized(plan).items():
         lines.append(f"Kept in {dtype}: {_tensors(len(kept))}, {format_bytes(sum(t.nbytes for t in kept))} ({reason}).")
-    if plan.recipe.target is not None and not plan.exact:
-        lines.append(f"For a target of {plan.recipe.target}, by what layers like these usually lose; a load measures it.")
+    target, usual = plan.recipe.target, "by what layers like these usually lose"
+    if target is not None and not plan.exact:
+        lines.append(f"For a target of {target}, {usual}; a load measures it.")
+    elif target is not None and (guessed := sum(name not in target.errors for name, _ in plan.recipe.chosen)):
+        lines.append(f"For a target of {target}; {_tensors(guessed)} could not be measured and went {usual}.")
     verdict = "Fits." if plan.fits else "Does not fit."
     lines.append(
         f"{verdict} Reads {format_bytes(plan.source_bytes)} once and keeps {format_bytes(plan.weight_bytes)} of weights."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlazy.calibrating.calibration import Calibration
 from qlazy.errors import UsageError
+from qlazy.planning.plan import require_target
 from qlazy.planning.recipe import Recipe, make_recipe
 from qlazy.report import Progress, downloading
 from qlazy.saving.layout_config import require_layout
@@ -86,6 +87,7 @@ def save_quantized(
         What was written.
     Raises:
         UsageError: the folder holds something else, or the layout cannot hold the weights' format.
+        DoesNotFit: nothing is as small as the target.
         UnsupportedModel: a model that cannot be calibrated block by block.
         OutOfSpace: the disk is full; what is complete stays for the next attempt.
         QlazyError: the model is not found, not supported or damaged.
@@ -119,14 +121,15 @@ def save_quantized(
         target_bpw=target_bpw,
     )
 
-    source = open_source(
-        model,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        on_progress=downloading(on_progress),
-    )
+    where: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    if recipe.target is not None:
+        require_target(open_source(model, headers_only=True, **where), recipe, dtype=dtype)
+    source = open_source(model, on_progress=downloading(on_progress), **where)
     from qlazy.saving.save import save
 
     def text() -> Text:
@@ -175,10 +178,15 @@ def save_recipe(
     Returns:
         The recipe.
     Raises:
-        UsageError: as `make_recipe`, or a layout that does not exist.
+        UsageError: as `make_recipe`, or a layout that does not exist, or has no room for a target.
     """
     if layout is not None:
         require_layout(layout)
+    if layout == "bitsandbytes" and (options.get("target_size") is not None or options.get("target_bpw") is not None):
+        raise UsageError(
+            "bitsandbytes' layout has one format for all weights; a target chooses one for each.",
+            hint="Use --as compressed-tensors, or leave --target-size and --target-bpw out.",
+        )
     if layout == "bitsandbytes" and format is None and bits != 8:
         format = "nf4"
     if layout == "gptq" and symmetric is None and format in (None, "int4") and bits != 8:

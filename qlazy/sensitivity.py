@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -18,11 +18,12 @@ from qlazy.layers.stacks import stack_of
 from qlazy.match import Match
 from qlazy.matching.fill import Fill
 from qlazy.model_entries import entries_of
-from qlazy.planning.aim import formats_of, is_free
+from qlazy.planning.aim import is_free, offered
 from qlazy.planning.data import Entry
 from qlazy.planning.recipe import Recipe
 from qlazy.quantizing.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from qlazy.reading.chunks import Chunk, worker_count
+from qlazy.report import Progress
 from qlazy.sources.packed import PackedTensor
 from qlazy.stream import Stream
 
@@ -35,7 +36,15 @@ RUN_ROWS = 64
 """Rows of a run: those that belong together wherever weights are read in parts."""
 
 
-def measured(model: PreTrainedModel, recipe: Recipe, dtype: str, match: Match, *, drop_page_cache: bool = True) -> Recipe:
+def measured(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    dtype: str,
+    match: Match,
+    *,
+    drop_page_cache: bool = True,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Recipe:
     """Tell the target of a recipe what formats cost each layer.
 
     Of every matrix up to 512 rows are read, 8 runs of 64 that lie evenly over it (of a stack of experts those of 8 fills), and
@@ -47,6 +56,7 @@ def measured(model: PreTrainedModel, recipe: Recipe, dtype: str, match: Match, *
         dtype: Dtype of scales.
         match: What fills the model.
         drop_page_cache: As in a load.
+        on_progress: Called a few times a second.
     Returns:
         The recipe, whose target has errors; as it is where it has no target. The same checkpoint gives the same.
 
@@ -56,11 +66,13 @@ def measured(model: PreTrainedModel, recipe: Recipe, dtype: str, match: Match, *
         return recipe
     read = {target: fill.nbytes for fill in match.fills for target in fill.targets}
     free = {entry.name: entry for entry in entries_of(model, read) if is_free(entry, recipe)}
-    meter = _Meter(model, free, recipe, getattr(torch, dtype))
+    meter = _Meter(model, free, offered(free.values(), recipe), getattr(torch, dtype))
     fills = tuple(_sample(match.fills, free))
+    total = sum(fill.nbytes for fill in fills)
     with Stream(fills, meter.place, worker_count(fills), drop_page_cache) as stream:
-        for _ in stream:
-            pass
+        for done in stream:
+            if on_progress is not None:
+                on_progress(Progress(stage="measure", done_bytes=done, total_bytes=total))
     return dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, errors=meter.errors()))
 
 
@@ -94,13 +106,19 @@ def _evenly(items: list[_T]) -> list[_T]:
 class _Meter:
     """Takes rows from the workers of a stream, and adds up what formats make of them."""
 
-    def __init__(self, model: PreTrainedModel, free: dict[str, Entry], recipe: Recipe, scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        free: dict[str, Entry],
+        formats: dict[str, list[Format | None]],
+        scale_dtype: torch.dtype,
+    ) -> None:
         self._model = model
         self._free = free
-        self._recipe = recipe
+        self._formats = formats
         self._scale_dtype = scale_dtype
         self._lock = threading.Lock()
-        self._found: dict[str, list[tuple[tuple[int, ...], float, dict[Format, float]]]] = {}
+        self._found: dict[str, list[tuple[float, dict[Format, float]]]] = {}
 
     def place(self, chunk: Chunk, tensors: list[Tensor]) -> None:
         """Quantize rows of one weight in every format that it could have.
@@ -114,26 +132,21 @@ class _Meter:
         for target, values in made.items():
             entry = self._free[target]
             rows = self._rows(target, values)
-            if rows.shape[1] != entry.matrix[1]:
-                continue
+            assert rows.shape[1] == entry.matrix[1], (target, rows.shape, entry.matrix)
             squares = float(rows.square().sum(dtype=torch.float64))
             errors: dict[Format, float] = {}
-            for fmt in formats_of(entry, self._recipe):
-                own = None if fmt is None else fmt.for_columns(rows.shape[1])
-                if own is not None and own not in errors:
-                    errors[own] = float((_roundtrip(rows, own, self._scale_dtype) - rows).square_().sum(dtype=torch.float64))
-            place = (fill.sources[0].offset, fill.target_row, chunk.start)
+            for fmt in self._formats[target]:
+                if fmt is not None:
+                    errors[fmt] = float((_roundtrip(rows, fmt, self._scale_dtype) - rows).square_().sum(dtype=torch.float64))
             with self._lock:
-                self._found.setdefault(target, []).append((place, squares, errors))
+                self._found.setdefault(target, []).append((squares, errors))
 
     def errors(self) -> dict[str, dict[Format, float]]:
-        """Squared error over squared weights, by name and format; summed in an order that no thread decides."""
+        """Squared error over squared weights, by name and format, 0 of zeros; fsum is exact, whatever the order of threads."""
         found = {}
         for name, pieces in self._found.items():
-            pieces.sort(key=lambda piece: piece[0])
-            squares = math.fsum(piece[1] for piece in pieces)
-            if squares > 0:
-                found[name] = {fmt: math.fsum(piece[2][fmt] for piece in pieces) / squares for fmt in pieces[0][2]}
+            squares = math.fsum(square for square, _ in pieces) or 1.0
+            found[name] = {fmt: math.fsum(errors[fmt] for _, errors in pieces) / squares for fmt in self._formats[name] if fmt}
         return found
 
     def _rows(self, target: str, values: Tensor) -> Tensor:
@@ -144,7 +157,9 @@ class _Meter:
         if isinstance(owner, Conv1D) or (stack is not None and stack.transposed):
             values = values.transpose(-1, -2)
         rows = values.reshape(-1, values.shape[-1])
-        return rows[: RUNS * RUN_ROWS].to(torch.float32)
+        # What is converted was read whole; evenly spread rows, as of what is read in runs.
+        step = max(1, -(-rows.shape[0] // (RUNS * RUN_ROWS)))
+        return rows[::step].to(torch.float32)
 
 
 def _roundtrip(rows: Tensor, fmt: Format, scale_dtype: torch.dtype) -> Tensor:

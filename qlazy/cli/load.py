@@ -54,7 +54,7 @@ def load(
         prompt = ""  # there is nothing to hear, and perhaps no tokenizer
     taken, picture = None if trace is None else Trace(trace), None if plot is None else require_plot(plot)
     with span(taken, "resolve"):
-        source, planned = draw_up(model, options)
+        source, planned = draw_up(model, options, patient=True)
     options.say(text(source, planned, options))
     require_fit(planned, source)
 

@@ -55,12 +55,13 @@ def plan_only(model: str, options: Options) -> None:
         options.say(f"Next: {options.command('load', model)}")
 
 
-def draw_up(model: str, options: Options) -> tuple[Source, Plan]:
+def draw_up(model: str, options: Options, *, patient: bool = False) -> tuple[Source, Plan]:
     """Make a plan that need not fit.
 
     Args:
         model: What was typed as MODEL.
         options: The shared options.
+        patient: Leave it to the load to refuse a target, where the model is here: the model itself may be smaller.
     Returns:
         The source, of which only headers were read (with `--random-init` only the config), and the plan.
     Raises:
@@ -76,7 +77,8 @@ def draw_up(model: str, options: Options) -> tuple[Source, Plan]:
 
         source = drawn_source(source, dtype, trust_remote_code=options.trust_remote_code)
     recipe = keep(source, recipe) or recipe
-    return source, allocate(entries(source, dtype), source, recipe, budget, dtype=dtype, exact=False)
+    patient = patient and source.folder is not None
+    return source, allocate(entries(source, dtype), source, recipe, budget, dtype=dtype, exact=False, patient=patient)
 
 
 def fitting(model: str, options: Options) -> Source:
@@ -90,7 +92,7 @@ def fitting(model: str, options: Options) -> Source:
     Raises:
         QlazyError: as `draw_up`, and `DoesNotFit`.
     """
-    source, planned = draw_up(model, options)
+    source, planned = draw_up(model, options, patient=True)
     require_fit(planned, source)
     return source
 

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-_VERBS = {"download": "Downloading", "read": "Reading", "write": "Writing text", "calibrate": "Calibrating"}
+_VERBS = {
+    "download": "Downloading",
+    "measure": "Measuring",
+    "read": "Reading",
+    "write": "Writing text",
+    "calibrate": "Calibrating",
+}
 
 STEP = 10
 """Per cent between two lines."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from qlazy.errors import DoesNotFit
 from qlazy.formats import Format, Int4, Int8
@@ -42,7 +42,7 @@ _BLOCK = re.compile(r"(.*?)(?<![^.])(\d+)\.")
 _ATTENDS = re.compile(
     r"\.([qkv]_proj|query|key|value|attn_[qkv]|w[qkv]|[qkv]|query_key_value|qkv(_proj)?|Wqkv|c_attn|[qk]v?_[ab]_proj\w*)\.weight$"
 )
-_DOWN = re.compile(r"\.(down_proj|w2|fc2|wo|ffn_down|mlp\.c_proj|dense_4h_to_h|output\.dense)(\.weight)?$")
+_DOWN = re.compile(r"(?<!attention)\.(down_proj|w2|fc2|wo|ffn_down|mlp\.c_proj|dense_4h_to_h|output\.dense)(\.weight)?$")
 _UP = re.compile(
     r"\.(gate_proj|up_proj|gate_up_proj|w[13]|fc1|wi(_\d)?|ffn_(gate|up)|c_fc|dense_h_to_4h|intermediate\.dense)(\.weight)?$"
 )
@@ -50,17 +50,19 @@ _HEAD = 9.4
 """Weight of an output head for each block of the model: it counts alone, the others in threes."""
 
 
-def aim(tensors: Sequence[Entry], recipe: Recipe, dtype: str) -> Recipe:
+def aim(tensors: Sequence[Entry], recipe: Recipe, dtype: str, *, exact: bool = True, patient: bool = False) -> Recipe:
     """Choose the format of every layer so that the model meets the recipe's target.
 
     Args:
         tensors: What the model holds.
         recipe: What it says of embeddings and of single modules stands; an output head gets its format at most.
         dtype: Dtype of everything that is not quantized.
+        exact: Whether `tensors` come from the model itself, and not from names alone.
+        patient: Take the smallest formats where even they are larger than the target.
     Returns:
         The recipe with `chosen` filled in; the same arguments give the same. A recipe without a target as it is.
     Raises:
-        DoesNotFit: nothing is as small as the target.
+        DoesNotFit: nothing is as small as the target, unless `patient`.
     """
     target = recipe.target
     if target is None:
@@ -85,14 +87,15 @@ def aim(tensors: Sequence[Entry], recipe: Recipe, dtype: str) -> Recipe:
     for found in (_BLOCK.match(members[0].name) for members in groups.values()):
         if found:
             last_blocks[found[1]] = max(last_blocks.get(found[1], 0), int(found[2]))
-    formats = [_shared(members, recipe) for members in groups.values()]
+    formats = [shared_formats(members, recipe) for members in groups.values()]
     choices = [
         [_option(members, fmt, target, dtype, last_blocks) for fmt in allowed]
         for members, allowed in zip(groups.values(), formats, strict=True)
     ]
     least = least_bytes(choices) + beside
-    if least > wanted:
-        raise _too_small(target, recipe, least=least, wanted=wanted, weights=weights)
+    if least > wanted and not patient:
+        raise _too_small(target, recipe, least=least, wanted=wanted, weights=weights, exact=exact)
+    wanted = max(least, wanted)
     chosen: list[tuple[str, Format | None]] = []
     for members, allowed, index in zip(groups.values(), formats, spend(choices, wanted - beside), strict=True):
         chosen += [(entry.name, allowed[index]) for entry in members]
@@ -121,8 +124,8 @@ def formats_of(entry: Entry, recipe: Recipe) -> list[Format | None]:
         entry: One that is free.
         recipe: With a target.
     Returns:
-        Int4 in groups of 128, 64 and 32 columns as far as they divide its own, int8, and for a target in bytes None, the
-        model's dtype; of an output head those with no more bits than the recipe gives it.
+        Int4 in groups of 128, 64 and 32 columns as far as they divide its own, or else by rows; int8; and for a target in bytes
+        None, the model's dtype. Of an output head those with no more bits than the recipe gives it.
     """
     symmetric = isinstance(recipe.format, Int4) and recipe.format.symmetric
     sizes = [size for size in (128, 64, 32) if entry.matrix[1] % size == 0] or [-1]
@@ -134,10 +137,36 @@ def formats_of(entry: Entry, recipe: Recipe) -> list[Format | None]:
     return formats
 
 
-def _shared(members: Sequence[Entry], recipe: Recipe) -> list[Format | None]:
-    """The formats that all of some weights may get; those of the first where there are none."""
+def shared_formats(members: Sequence[Entry], recipe: Recipe) -> list[Format | None]:
+    """The formats that weights may get that share one.
+
+    Args:
+        members: All of them, free.
+        recipe: With a target.
+    Returns:
+        Those that each of them may get; where their columns take no groups in common int4 by rows too.
+    """
     first, *others = (formats_of(entry, recipe) for entry in members)
-    return [fmt for fmt in first if all(fmt in other for other in others)] or first
+    shared = [fmt for fmt in first if all(fmt in other for other in others)]
+    if any(isinstance(fmt, Int4) for fmt in shared):
+        return shared
+    return [Int4(group_size=-1, symmetric=isinstance(recipe.format, Int4) and recipe.format.symmetric), *shared]
+
+
+def offered(entries: Iterable[Entry], recipe: Recipe) -> dict[str, list[Format | None]]:
+    """The formats that each weight of a model may get.
+
+    Args:
+        entries: What the model holds.
+        recipe: With a target.
+    Returns:
+        Formats by name of all that are free.
+    """
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if is_free(entry, recipe):
+            groups.setdefault(merged(entry.name), []).append(entry)
+    return {entry.name: shared_formats(members, recipe) for members in groups.values() for entry in members}
 
 
 def merged(name: str) -> str:
@@ -197,22 +226,25 @@ def weight_of(entry: Entry, last_blocks: Mapping[str, int]) -> float:
     return 2
 
 
-def _too_small(target: Target, recipe: Recipe, *, least: int, wanted: int, weights: int) -> DoesNotFit:
+def _too_small(target: Target, recipe: Recipe, *, least: int, wanted: int, weights: int, exact: bool) -> DoesNotFit:
     """The error that names the smallest target."""
+    told = "" if exact else ", by their names,"
     if target.nbytes is None:
         # Rounded up, so that what is named is enough.
         smallest = math.ceil(8e4 * least / weights) / 1e4
+        fewer = "" if recipe.embedding is None else ", or leave --embedding-bits out: embeddings count among these weights"
         return DoesNotFit(
-            f"The smallest formats take {smallest:g} bits per quantized weight, more than the {target.bpw:g} of the target.",
-            hint=f"Use --target-bpw {smallest:g} or more.",
+            f"The smallest formats{told} take {smallest:g} bits per quantized weight, more than the {target.bpw:g} of the "
+            "target.",
+            hint=f"Use --target-bpw {smallest:g} or more{fewer}.",
             needed_bytes=least,
             free_bytes=wanted,
         )
     unit, scale = ("MiB", 1 << 20) if least >= 1 << 30 else ("KiB", 1 << 10)
     smaller = "" if recipe.embedding == Int4() else ", or give embeddings fewer bits: --embedding-bits 4"
     return DoesNotFit(
-        f"With the smallest formats the weights take {format_bytes(least, round_up=True)} ({least:,} bytes), more than the "
-        f"{format_bytes(wanted)} of the target.",
+        f"With the smallest formats the weights{told} take {format_bytes(least, round_up=True)} ({least:,} bytes), more than "
+        f"the {format_bytes(wanted)} of the target.",
         hint=f"Use --target-size {-(-least // scale)}{unit} or more{smaller}.",
         needed_bytes=least,
         free_bytes=wanted,

@@ -70,7 +70,7 @@ GGUF_BYTES = 128 << 20
 """Host memory that transformers' own reading of a GGUF file's vocabulary leaves in scattered small objects."""
 
 
-def make_plan(source: Source, recipe: Recipe, budget: Budget, *, dtype: str = "auto") -> Plan:
+def make_plan(source: Source, recipe: Recipe, budget: Budget, *, dtype: str = "auto", patient: bool = False) -> Plan:
     """Plan a load from the headers alone.
 
     Args:
@@ -78,6 +78,7 @@ def make_plan(source: Source, recipe: Recipe, budget: Budget, *, dtype: str = "a
         recipe: What to quantize and how.
         budget: Devices and their limits.
         dtype: `auto` (the config's, bfloat16 for float16 on a CPU), or a torch dtype name.
+        patient: As in `allocate`.
     Returns:
         The plan, which fits.
     Raises:
@@ -88,9 +89,26 @@ def make_plan(source: Source, recipe: Recipe, budget: Budget, *, dtype: str = "a
     Memory: names and shapes.
     """
     resolved = resolve_dtype(source, dtype, budget)
-    plan = allocate(entries(source, resolved), source, recipe, budget, dtype=resolved, exact=False)
+    plan = allocate(entries(source, resolved), source, recipe, budget, dtype=resolved, exact=False, patient=patient)
     require_fit(plan, source)
     return plan
+
+
+def require_target(source: Source, recipe: Recipe, *, dtype: str = "auto") -> None:
+    """Refuse a target that nothing is small enough for before a model is downloaded for it.
+
+    Args:
+        source: An opened source; one that is here already passes, as the model itself will tell.
+        recipe: What is asked for.
+        dtype: As in `make_plan`.
+    Raises:
+        DoesNotFit: no formats are small enough.
+    """
+    if recipe.target is None or source.folder is not None:
+        return
+    anywhere = Budget(devices=("cuda:0",), free_bytes={}, reserve_bytes=0, max_model_len=1)
+    resolved = resolve_dtype(source, dtype, anywhere)
+    aim(entries(source, resolved), recipe, resolved, exact=False)
 
 
 def allocate(
@@ -102,6 +120,7 @@ def allocate(
     dtype: str,
     exact: bool,
     extra_bytes: int | None = None,
+    patient: bool = False,
 ) -> Plan:
     """Give every tensor a format and a device and add up the bytes, whether or not they fit.
 
@@ -114,6 +133,8 @@ def allocate(
         exact: Whether `tensors` come from the model itself.
         extra_bytes: Host memory that the load needs beside the ring, for tensors that must be converted as a whole; by default
             what the headers tell of it.
+        patient: Take the smallest formats where a target is smaller, unless `exact`: names may tell of more weights than the
+            model has, such as those of layers that only draft.
     Returns:
         The plan; its recipe names the formats that were chosen for a target.
     Raises:
@@ -121,7 +142,7 @@ def allocate(
         UsageError: a device map that leaves a tensor out.
     """
     tensors = list(tensors)
-    recipe = aim(tensors, recipe, dtype)
+    recipe = aim(tensors, recipe, dtype, exact=exact, patient=patient and not exact)
     blocks = sorted({block_of(t.name) for t in tensors} - {""})
     kv = kv_by_block(blocks, layer_kv_bytes(source.config, budget.max_model_len, dtype))
     active = activation_bytes(source.config, budget.max_model_len, dtype)
@@ -182,8 +203,10 @@ def require_fit(plan: Plan, source: Source) -> None:
         return
     needed, free, reserve = (sum(getattr(d, key) for d in short) for key in ("total_bytes", "free_bytes", "reserve_bytes"))
     where = ", ".join(f"{d.device} is short by {format_bytes(-d.left_bytes, round_up=True)}" for d in short)
+    target = plan.recipe.target
+    asked = f"in {plan.recipe.format.name}" if target is None else f"for a target of {target}"
     raise DoesNotFit(
-        f"{plan.model_id} in {plan.recipe.format.name} does not fit: it needs {format_bytes(needed)}, and "
+        f"{plan.model_id} {asked} does not fit: it needs {format_bytes(needed)}, and "
         f"{format_bytes(reserve)} kept free, where {format_bytes(free)} may be used; {where}.",
         hint=_what_fits(plan, source),
         needed_bytes=needed,
@@ -222,12 +245,12 @@ def _what_fits(plan: Plan, source: Source) -> str:
     extra = next(d.staging_bytes for d in plan.devices if d.device == "cpu") - _host_staging(source, plan.budget)
 
     def again(recipe: Recipe, budget: Budget) -> Plan:
-        return allocate(held, source, recipe, budget, dtype=plan.dtype, exact=plan.exact, extra_bytes=extra)
+        return allocate(held, source, recipe, budget, dtype=plan.dtype, exact=plan.exact, extra_bytes=extra, patient=True)
 
     recipes = [("", plan.recipe)]
     if plan.recipe.format.bits == 8:
         recipes.append(("--bits 4", dataclasses.replace(plan.recipe, format=make_recipe(bits=4).format)))
-    elif isinstance(plan.recipe.format, Int4) and plan.recipe.format.group_size in (32, 64):
+    elif plan.recipe.target is None and isinstance(plan.recipe.format, Int4) and plan.recipe.format.group_size in (32, 64):
         coarse = dataclasses.replace(plan.recipe.format, group_size=128)
         recipes.append(("--group-size 128", dataclasses.replace(plan.recipe, format=coarse)))
     lengths = [plan.budget.max_model_len, *(n for n in (8192, 4096, 2048, 1024) if n < plan.budget.max_model_len)]
@@ -239,4 +262,5 @@ def _what_fits(plan: Plan, source: Source) -> str:
     first = plan.budget.devices[0]
     alone = again(plan.recipe, dataclasses.replace(plan.budget, devices=(first,), device_map=None))
     needs = [f"{format_bytes(d.total_bytes + d.reserve_bytes, round_up=True)} free on {d.device}" for d in alone.devices]
-    return f"No shorter context or coarser format fits here. It takes {' and '.join(needs)}, or a smaller model."
+    tried, smaller = ("context or coarser format fits", "model") if plan.recipe.target is None else ("context fits", "target")
+    return f"No shorter {tried} here. It takes {' and '.join(needs)}, or a smaller {smaller}."

@@ -183,7 +183,8 @@ def make_recipe(
     if target is not None and (name != "int4" or group_size is not None):
         raise UsageError(
             "A target chooses among int4 and int8 and their groups by itself.",
-            hint="Leave --bits, --format and --group-size out, or --target-size and --target-bpw.",
+            hint="Leave --bits, --format and --group-size out (of a recipe file too: --recipe int4 has a group size), or "
+            "--target-size and --target-bpw.",
         )
     chosen: Format
     if name == "int4":

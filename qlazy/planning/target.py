@@ -43,11 +43,15 @@ def make_target(target_size: str | int | None, target_bpw: float | None) -> Targ
     if target_size is not None and target_bpw is not None:
         raise UsageError("target_size and target_bpw are two ways to say one thing.", hint="Give one of them.")
     if target_size is not None:
+        if isinstance(target_size, bool) or not isinstance(target_size, str | int):
+            raise UsageError(f"target_size is {target_size!r}; it is bytes or a size.", hint="E.g. --target-size 5GiB.")
         nbytes = parse_bytes(target_size) if isinstance(target_size, str) else target_size
         if nbytes <= 0:
             raise UsageError(f"target_size is {target_size}; a model takes more.", hint="E.g. --target-size 5GiB.")
         return Target(nbytes=nbytes)
     if target_bpw is not None:
+        if isinstance(target_bpw, bool) or not isinstance(target_bpw, int | float):
+            raise UsageError(f"target_bpw is {target_bpw!r}; it is a number.", hint="E.g. --target-bpw 4.3.")
         if not 4 <= target_bpw <= 16:
             raise UsageError(f"target_bpw is {target_bpw:g}; it can be from 4 to 16.", hint="E.g. --target-bpw 4.3.")
         return Target(bpw=float(target_bpw))

@@ -105,10 +105,10 @@ def save(
     sources = [*weight_files(source), *([source.folder] if source.folder is not None else [])]
     require_replaceable(folder, force=force, sources=sources)
     with torch.no_grad():  # whatever is refused is refused before there is a folder
-        plan = make_plan(source, recipe, UNLIMITED, dtype=dtype)
+        plan = make_plan(source, recipe, UNLIMITED, dtype=dtype, patient=True)
         model = build_placeholder(source, getattr(torch, plan.dtype), trust_remote_code=trust_remote_code)
         match = match_tensors(model, source)
-        recipe = measured(model, recipe, plan.dtype, match, drop_page_cache=drop_page_cache)
+        recipe = measured(model, recipe, plan.dtype, match, drop_page_cache=drop_page_cache, on_progress=on_progress)
         plan = swap_layers(model, dataclasses.replace(plan, recipe=recipe), match, source)
         pieces = make_pieces(model, plan, match, source)
         require_layout_fits(pieces, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 import qlazy
+from qlazy.errors import DoesNotFit
 from qlazy.formats import Int4, Int8
 from qlazy.quantizing.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from qlazy.sources.source import open_source
 from tests.integration.conftest import inputs_of, stored
 
 
@@ -23,6 +26,19 @@ def error_of(weight: Tensor, fmt: Int4 | Int8) -> float:
     else:
         values = dequantize_int8(*quantize_int8(weight, group_size=-1, scale_dtype=torch.bfloat16), torch.float32)
     return float((values - weight).square().sum() / weight.square().sum())
+
+
+def put_far_out(rows: Tensor) -> None:
+    """One weight of each row, in place; its squares stay what they are."""
+    before = rows.float().square().sum()
+    rows[:, 0] = 10 * rows.float().std()
+    rows.mul_((before / rows.float().square().sum()).sqrt().to(rows.dtype))
+
+
+def assert_halves_differ(weight: Tensor, fmt: Int4 | Int8) -> None:
+    """So much that 512 rows from one place tell another error than all."""
+    halves = [error_of(part, fmt) for part in (weight[:512], weight[-512:])]
+    assert all(abs(error / error_of(weight, fmt) - 1) > 0.1 for error in halves)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "t5"])
@@ -58,14 +74,81 @@ def test_an_eighth_of_a_large_matrix_tells_as_much_as_all_of_it(tmp_path):
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    scale = torch.linspace(0.5, 2, 4096, dtype=torch.bfloat16)[:, None]
-    model.model.layers[0].mlp.up_proj.weight.data.mul_(scale)
+    put_far_out(model.model.layers[0].mlp.up_proj.weight.data[2048:])
     model.save_pretrained(tmp_path)
     plan = qlazy.load_quantized(tmp_path, device_map="cpu", target_bpw=5).qlazy_report.plan
     found = plan.recipe.target.errors["model.layers.0.mlp.up_proj.weight"]
     weight = model.model.layers[0].mlp.up_proj.weight.detach()
     for fmt, error in found.items():
+        assert_halves_differ(weight, fmt)
         assert error == pytest.approx(error_of(weight, fmt), rel=0.05)
+
+
+@pytest.mark.parametrize("loud", ["first", "last"])
+def test_rows_of_a_turned_matrix_are_taken_from_all_of_it(tmp_path, loud):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=64, n_inner=2048, n_layer=1, n_head=2, n_positions=16)
+    model = GPT2LMHeadModel(config).to(torch.bfloat16)
+    weight = model.transformer.h[0].mlp.c_fc.weight.detach()  # (64, 2048): columns are the rows that share scales
+    half = weight[:, :1024] if loud == "first" else weight[:, 1024:]
+    put_far_out(half.t())
+    model.save_pretrained(tmp_path)
+    errors = qlazy.load_quantized(tmp_path, device_map="cpu", target_bpw=5).qlazy_report.plan.recipe.target.errors
+    found = errors["transformer.h.0.mlp.c_fc.weight"]
+    assert found
+    for fmt, error in found.items():
+        assert_halves_differ(weight.t(), fmt)
+        assert error == pytest.approx(error_of(weight.t(), fmt), rel=0.05)
+
+
+def test_zeros_cost_nothing_in_any_format(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    plan = qlazy.load_quantized(tmp_path, device_map="cpu", target_bpw=5).qlazy_report.plan
+    errors = plan.recipe.target.errors["model.layers.0.mlp.down_proj.weight"]
+    assert len(errors) == 4 and set(errors.values()) == {0.0}
+    formats = {tensor.name: tensor.format for tensor in plan.tensors}
+    assert formats["model.layers.0.mlp.down_proj.weight"] == Int4(group_size=128)
+
+
+def test_a_save_for_a_target_that_is_too_small_begins_no_folder(checkpoint, tmp_path):
+    with pytest.raises(DoesNotFit, match="more than the 64 KiB of the target"):
+        qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", target_size="64KiB")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_for_a_target_that_is_too_small_downloads_nothing(checkpoint, tmp_path, monkeypatch):
+    asked = []
+
+    def remote(model, *, headers_only=False, **where):
+        asked.append(headers_only)
+        return dataclasses.replace(open_source(model, headers_only=headers_only), folder=None)
+
+    monkeypatch.setattr("qlazy.save_api.open_source", remote)
+    with pytest.raises(DoesNotFit, match="by their names"):
+        qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", target_bpw=4.01)
+    assert asked == [True] and not list(tmp_path.iterdir())
+
+
+def test_measuring_tells_how_far_it_is(checkpoint):
+    told = []
+    model = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", target_bpw=5, on_progress=told.append)
+    assert list(dict.fromkeys(progress.stage for progress in told)) == ["measure", "read"]
+    last = [progress for progress in told if progress.stage == "measure"][-1]
+    assert 0 < last.done_bytes == last.total_bytes <= model.qlazy_report.bytes_read
 
 
 def test_what_was_saved_for_a_target_is_what_was_loaded_for_it(checkpoint, tmp_path):

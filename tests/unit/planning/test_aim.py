@@ -13,12 +13,13 @@ import torch
 
 from qlazy.errors import DoesNotFit, UsageError
 from qlazy.formats import Format, Int4, Int8
-from qlazy.planning.aim import aim, formats_of, merged, weight_of
+from qlazy.planning.aim import aim, formats_of, merged, offered, weight_of
 from qlazy.planning.budget import Budget
 from qlazy.planning.data import Entry, Plan
-from qlazy.planning.plan import make_plan
+from qlazy.planning.plan import allocate, entries, make_plan, require_target
 from qlazy.planning.recipe import Kind, Recipe, make_recipe
 from qlazy.report import plan_summary
+from qlazy.save_api import save_recipe
 from qlazy.sources.source import Source, TensorInfo
 
 ROOMY = Budget(devices=("cpu",), free_bytes={"cpu": 1 << 50}, reserve_bytes=0, max_model_len=16)
@@ -186,12 +187,82 @@ def test_a_target_that_nothing_is_small_enough_for_names_one_that_is(tied):
         {"target_bpw": 4.5, "bits": 8},
         {"target_bpw": 4.5, "format": "nf4"},
         {"target_bpw": 4.5, "group_size": 64},
+        {"target_bpw": "4.5"},
+        {"target_bpw": True},
+        {"target_bpw": float("nan")},
+        {"target_size": 1e9},
+        {"target_size": True},
     ],
 )
 def test_targets_that_cannot_be_meant(options):
     with pytest.raises(UsageError) as caught:
         make_recipe(**options)
     assert caught.value.hint
+
+
+def test_a_group_size_may_stand_in_a_recipe_file():
+    with pytest.raises(UsageError) as caught:
+        make_recipe(target_bpw=4.5, group_size=32)
+    assert "recipe file" in caught.value.hint
+
+
+def test_bitsandbytes_has_no_room_for_a_target():
+    for target in ({"target_bpw": 4.5}, {"target_size": "1GiB"}):
+        with pytest.raises(UsageError, match="one format for all weights") as caught:
+            save_recipe("bitsandbytes", **target)
+        assert "--as compressed-tensors" in caught.value.hint
+        assert save_recipe("gptq", **target).target is not None
+
+
+def test_embeddings_in_low_bits_are_named_where_they_raise_what_is_least():
+    hints = []
+    for bits in (16, 8):
+        with pytest.raises(DoesNotFit) as caught:
+            planned(llama(tied=True), target_bpw=4.0, embedding_bits=bits)
+        hints.append(caught.value.hint)
+    assert "--embedding-bits" not in hints[0] and "leave --embedding-bits out" in hints[1]
+
+
+def test_what_fits_for_a_target_is_never_a_group_size():
+    recipe, source = make_recipe(target_bpw=4.5), llama()
+    tight = dataclasses.replace(ROOMY, free_bytes={"cpu": 1 << 20})
+    with pytest.raises(DoesNotFit, match=r"m for a target of 4\.5 bits per weight does not fit") as caught:
+        make_plan(source, recipe, tight)
+    assert "a smaller target" in caught.value.hint and "--group-size" not in caught.value.hint
+    with pytest.raises(DoesNotFit, match="m in int4-g32-asym does not fit") as caught:
+        make_plan(source, make_recipe(), tight)
+    assert "a smaller model" in caught.value.hint
+
+
+def test_what_names_tell_refuses_a_plan_but_not_a_load():
+    """As of layers that only draft, which are stored and not loaded."""
+    recipe = make_recipe(target_size="2.5MiB")
+    with pytest.raises(DoesNotFit, match="weights, by their names, take"):
+        make_plan(llama(), recipe, ROOMY)
+    plan = make_plan(llama(), recipe, ROOMY, patient=True)
+    assert set(formats(plan).values()) == {Int4(group_size=128)}
+    with pytest.raises(DoesNotFit) as caught:
+        allocate(entries(llama(), "bfloat16"), llama(), recipe, ROOMY, dtype="bfloat16", exact=True, patient=True)
+    assert "by their names" not in caught.value.message
+    met = allocate(entries(llama(layers=2), "bfloat16"), llama(), plan.recipe, ROOMY, dtype="bfloat16", exact=True)
+    assert met.weight_bytes <= 2.5 * (1 << 20)
+
+
+def test_a_target_is_refused_before_a_download_but_not_where_the_model_is_here():
+    recipe = make_recipe(target_size="1MiB")
+    with pytest.raises(DoesNotFit, match="by their names"):
+        require_target(dataclasses.replace(llama(), folder=None), recipe)
+    require_target(llama(), recipe)
+    require_target(dataclasses.replace(llama(), folder=None), make_recipe(target_size="1GiB"))
+
+
+def test_a_loaded_models_plan_says_how_many_weights_were_not_measured():
+    plan = planned(target_bpw=4.5)
+    exact = dataclasses.replace(plan, exact=True)
+    assert f"{len(plan.recipe.chosen)} tensors could not be measured" in plan_summary(exact)
+    errors = {name: {} for name, _ in plan.recipe.chosen}
+    recipe = dataclasses.replace(plan.recipe, target=dataclasses.replace(plan.recipe.target, errors=errors))
+    assert "target" not in plan_summary(dataclasses.replace(exact, recipe=recipe))
 
 
 def entry(name: str, kind: Kind, shape: tuple[int, ...]) -> Entry:
@@ -210,6 +281,35 @@ def test_groups_that_do_not_divide_the_columns_are_not_offered():
     layer = "model.layers.0.mlp.up_proj.weight"
     assert formats_of(entry(layer, "linear", (64, 576)), recipe) == [Int4(group_size=64), Int4(), Int8()]
     assert formats_of(entry(layer, "linear", (64, 40)), recipe) == [Int4(group_size=-1), Int8()]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_experts_whose_matrices_take_no_groups_in_common_get_four_bits_by_rows(symmetric):
+    recipe = make_recipe(target_bpw=4.4, symmetric=symmetric)
+    up = entry("model.layers.0.mlp.experts.gate_up_proj", "experts", (4, 80, 256))
+    down = entry("model.layers.0.mlp.experts.down_proj", "experts", (4, 256, 40))
+    rows = Int4(group_size=-1, symmetric=symmetric)
+    assert offered([up, down], recipe) == {name: [rows, Int8()] for name in (up.name, down.name)}
+    # Alone each has its own.
+    assert offered([up], recipe)[up.name] == formats_of(up, recipe) != [rows, Int8()]
+    found = aim([up, down], make_recipe(target_bpw=4.8, symmetric=symmetric), "bfloat16").chosen
+    assert dict(found) == dict.fromkeys((up.name, down.name), rows)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "as_leaf"),
+    [
+        ("attention.output.dense", "self_attn.o_proj"),
+        ("attention.wo", "self_attn.o_proj"),
+        ("crossattention.output.dense", "self_attn.o_proj"),
+        ("output.dense", "mlp.down_proj"),
+        ("feed_forward.w2", "mlp.down_proj"),
+        ("DenseReluDense.wo", "mlp.down_proj"),
+    ],
+)
+def test_what_attention_puts_out_is_no_down_projection(leaf, as_leaf):
+    weights = [weight_of(entry(f"layers.29.{name}.weight", "linear", (64, 64)), {"layers.": 29}) for name in (leaf, as_leaf)]
+    assert weights[0] == weights[1]
 
 
 def test_middle_blocks_and_last_ones_matter_by_what_layers_do():
