@@ -21,7 +21,7 @@ from qlazy.planning.target import Target
 from qlazy.sizes import format_bytes
 
 TYPICAL = {32: 6.1e-3, 64: 8.0e-3, 128: 9.9e-3, -1: 1.3e-2}
-"""Squared error of asymmetric int4 over squared weights, by columns that share a scale."""
+"""Squared error of asymmetric int4 over squared weights, by columns of a scale; on SmolLM2-135M with channels shuffled."""
 
 WITHOUT_ZEROS = 1.3
 """How much more it is where it is symmetric."""
@@ -47,7 +47,9 @@ _UP = re.compile(
     r"\.(gate_proj|up_proj|gate_up_proj|w[13]|fc1|wi(_\d)?|ffn_(gate|up)|c_fc|dense_h_to_4h|intermediate\.dense)(\.weight)?$"
 )
 _HEAD = 9.4
-"""Weight of an output head for each block of the model: it counts alone, the others in threes."""
+"""Weight of an output head for each block of the model: it counts alone, the others in threes. Measured on an embedding that is
+the head too, so that for a head of its own it is a guess.
+"""
 
 
 def aim(tensors: Sequence[Entry], recipe: Recipe, dtype: str, *, exact: bool = True, patient: bool = False) -> Recipe:
