@@ -59,7 +59,11 @@ def test_wheel_holds_two_packages_and_the_configs(wheel):
     configs = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*") if path.is_file()}
     assert configs
     assert {f"qlazy/{name}" for name in configs} <= set(names)
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "qlazy").rglob("*") if path.suffix in (".py", ".c", ".h", ".cpp", ".txt")}
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "qlazy").rglob("*")
+        if path.suffix in (".py", ".c", ".h", ".cpp", ".txt")
+    }
     assert sources <= set(names)
     assert {"qlazy/py.typed", "qlazy_kernels/py.typed"} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
