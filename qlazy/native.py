@@ -23,7 +23,6 @@ import logging
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -31,6 +30,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from qlazy.compilers import find_compilers
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ OP_FLAGS = ("-O2", "-std=c++17", "-fPIC")
 WITH_OP = "-fopenmp", "op.cpp"
 VARIANTS = WITH_OP, ("-fopenmp",), ("op.cpp",), ()
 """Tried in this order: on PyTorch's threads with and without the op, and on the calling thread alone with and without."""
+
+DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
+"""Float dtypes that the loops know, by their numbers in `csrc/arguments.h`."""
 
 _A, _I = ctypes.c_void_p, ctypes.c_int64
 SIGNATURES = {
@@ -75,12 +79,12 @@ def library() -> ctypes.CDLL | None:
     Returns:
         The library; None where it cannot be had.
     """
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler, cpp_compiler = find_compilers()
     if os.environ.get("QLAZY_NATIVE") == "0" or platform.system() != "Linux" or compiler is None:
         return None
     folder = importlib.resources.files("qlazy") / "csrc"
     sources = {file.name: file.read_text() for file in folder.iterdir() if file.name.endswith((".c", ".h", ".cpp"))}
-    compilers = compiler, os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compilers = compiler, cpp_compiler
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlazy"
     said: list[str] = []
     with _compiling:  # all workers of a load ask at the same time; the others find the file

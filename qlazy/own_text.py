@@ -7,11 +7,10 @@ import logging
 from collections.abc import Callable
 
 import torch
-from transformers import AutoTokenizer
 
 from qlazy.calibrating.calibration import Calibration
 from qlazy.calibrating.tokens import Text, sample_tokens, text_tokens
-from qlazy.errors import DoesNotFit, UnsupportedModel
+from qlazy.errors import DoesNotFit
 from qlazy.load import load
 from qlazy.memory import anonymous_bytes, trim_heap
 from qlazy.planning.budget import make_budget
@@ -19,6 +18,7 @@ from qlazy.planning.demand import kv_cache_bytes
 from qlazy.planning.recipe import make_recipe
 from qlazy.report import Progress
 from qlazy.sources.source import Source
+from qlazy.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def tokens_for(
     """
     text = calibration.text()
     if text is not None:
-        return Text(tokens=text_tokens(_tokenizer(source, trust_remote_code), text, calibration))
+        tokenizer = load_tokenizer(source, without="leave --calibration-file out", trust_remote_code=trust_remote_code)
+        return Text(tokens=text_tokens(tokenizer, text, calibration))
     length, total = calibration.sequence_length, calibration.samples * calibration.sequence_length * 8
     per_sequence = max(1, kv_cache_bytes(source.config, length, "float32" if source.kind == "gguf" else "bfloat16"))
     batch = max(1, min(calibration.samples, CACHE_BYTES // per_sequence))
@@ -97,17 +98,3 @@ def tokens_for(
         trim_heap()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _tokenizer(source: Source, trust_remote_code: bool) -> object:
-    within = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    try:
-        return AutoTokenizer.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=trust_remote_code, **within
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UnsupportedModel(
-            f"{source.folder} has no tokenizer that transformers can read: {why}",
-            hint="Copy the tokenizer's files beside the weights, or leave --calibration-file out.",
-        ) from error

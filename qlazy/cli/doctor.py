@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import psutil
 from qlazy import __version__, memory
 from qlazy.cli.app import app, print_json
 from qlazy.cli.arguments import Json
+from qlazy.compilers import find_compilers
 from qlazy.sizes import format_bytes
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "triton", "accelerate", "huggingface-hub", "gguf")
@@ -67,6 +67,7 @@ def examine() -> dict[str, Any]:
     Returns:
         JSON-ready data; what cannot be told is None.
     """
+    compiler, cpp_compiler = find_compilers()
     return {
         "schema": 1,
         "qlazy": __version__,
@@ -75,8 +76,8 @@ def examine() -> dict[str, Any]:
         "executable": sys.executable,
         "packages": {name: version(name) for name in PACKAGES},
         "qlazy_kernels": kernels(),
-        "compiler": os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang"),
-        "cpp_compiler": os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
+        "compiler": compiler,
+        "cpp_compiler": cpp_compiler,
         "cpu": {
             "name": cpu_info("model name"),
             "threads": os.cpu_count(),

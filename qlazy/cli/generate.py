@@ -12,19 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.utils import logging as transformers_logging
 
 from qlazy.cli.options import Options
 from qlazy.cli.progress import Display
 from qlazy.compiled import cache_room, compile_decoding, warm_up
-from qlazy.errors import UnsupportedModel, UsageError
+from qlazy.errors import UsageError
 from qlazy.load import load as load_source
 from qlazy.planning.budget import make_budget
 from qlazy.planning.recipe import make_recipe
 from qlazy.report import LoadReport, downloading
 from qlazy.sources.source import Source, open_source
+from qlazy.tokenizer import load_tokenizer
 from qlazy.trace import Trace
+
+LOAD_WITHOUT = "load without one: qlazy load --prompt ''"
+"""What a command can do for a model without a tokenizer."""
 
 Messages = list[dict[str, str]]
 """A conversation in the form of chat templates."""
@@ -208,7 +212,7 @@ def load(
     recipe, budget = make_recipe(**options.recipe_arguments()), make_budget(**options.budget_arguments())
     with Display(silent=options.quiet or options.json) as display:
         source = fetch(source, options, display)
-        tokenizer = load_tokenizer(source) if speaks else None
+        tokenizer = load_tokenizer(source, without=LOAD_WITHOUT) if speaks else None
         model = load_source(source, recipe, budget, on_progress=display, trace=trace, **options.load_arguments())
     if compiles:
         compile_decoding(model)
@@ -231,27 +235,6 @@ def fetch(source: Source, options: Options, display: Display) -> Source:
     if source.folder is not None:
         return source
     return open_source(source.model_id, on_progress=downloading(display), **options.source_arguments())
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside the weights, or in them for GGUF.
-
-    Args:
-        source: An opened source with a folder.
-    Returns:
-        The tokenizer.
-    Raises:
-        UnsupportedModel: there is none, or transformers cannot read it.
-    """
-    within = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, **within)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModel(
-            f"{source.folder} has no tokenizer that transformers can read: {str(error).splitlines()[0]}",
-            hint="Copy the tokenizer's files beside the weights, or load without one: qlazy load --prompt ''.",
-        ) from error
-    return tokenizer
 
 
 def hush(options: Options) -> None:

@@ -71,12 +71,13 @@ def ppl(
     from qlazy.cli.progress import Display
     from qlazy.measuring.quality import score, summarize, table, to_json
     from qlazy.measuring.windows import TEXT, cut
+    from qlazy.tokenizer import load_tokenizer
 
     generate.hush(options)
     with Display(silent=options.quiet or options.json) as display:
         source = generate.fetch(source, options, display)
     text = TEXT.read_text("utf-8") if text is None else text
-    windows = cut(generate.load_tokenizer(source), text, context_length, max_tokens)
+    windows = cut(load_tokenizer(source, without=generate.LOAD_WITHOUT), text, context_length, max_tokens)
     recorded = None
     if plain is not None:
         # The quantized model is loaded when the reference is gone: what is held is the larger of the two, not both.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qlazy import native
 from qlazy.products import native_product, ops
 from qlazy.products.native_product import Weight
 
@@ -30,7 +31,7 @@ def most_elements(weight: Weight, dtype: torch.dtype) -> int:
     Returns:
         0 where the compiled products do not know this kind of weight or dtype.
     """
-    taken = native_product.takes(weight) and dtype in (torch.bfloat16, torch.float16, torch.float32)
+    taken = native_product.takes(weight) and dtype in native.DTYPES
     return ops.FEW_TOKENS[weight.kind] * weight.shape[1] if taken else 0
 
 

@@ -13,7 +13,6 @@ from qlazy import native
 INT4, INT8, CODEBOOK4 = range(3)
 """Kinds of weight, as in `csrc/product.c`."""
 
-_DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 # Arguments go over as a row of 64-bit integers, addresses among them, as the structs of the C code have them: to make one of
 # ctypes' own structures takes longer than a small product.
 _PRODUCT, _BLOCK = struct.Struct("19q"), struct.Struct("16q")
@@ -57,7 +56,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
     Memory: the result and ten bytes for each element of x.
     """
     loops = native.library()
-    x_dtype = _DTYPES.get(x.dtype)
+    x_dtype = native.DTYPES.get(x.dtype)
     if loops is None or x_dtype is None or not _taken(weight) or not x.is_cpu:
         return None
     if bias is not None and not bias.is_contiguous():
@@ -71,9 +70,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor | None:
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         weight.kind,
-        _DTYPES.get(weight.scale.dtype, 1),
+        native.DTYPES.get(weight.scale.dtype, 1),
         x_dtype,
-        0 if bias is None else _DTYPES[bias.dtype],
+        0 if bias is None else native.DTYPES[bias.dtype],
         x.numel() // columns,
         rows,
         columns,
@@ -98,14 +97,14 @@ def dequantize(weight: Weight, start: int, stop: int, out: Tensor) -> bool:
     Memory: none.
     """
     loops = native.library()
-    dtype = _DTYPES.get(out.dtype)
+    dtype = native.DTYPES.get(out.dtype)
     if loops is None or dtype is None or not _taken(weight) or not native.on_cpu(out):
         return False
     arguments = _BLOCK.pack(
         *_addresses(weight),
         out.data_ptr(),
         weight.kind,
-        _DTYPES.get(weight.scale.dtype, 1),
+        native.DTYPES.get(weight.scale.dtype, 1),
         dtype,
         start,
         stop - start,

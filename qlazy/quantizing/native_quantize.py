@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from qlazy import native
@@ -15,7 +14,6 @@ from qlazy import native
 GROUPS = (32, 64, 128)
 """Group sizes that the loop of int4 takes."""
 
-_DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 _A, _I = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -88,9 +86,9 @@ def is_finite(values: Tensor) -> bool | None:
         The answer; None where the loop does not take this tensor, or there is no compiler.
     """
     loops = native.library()
-    if loops is None or values.dtype not in _DTYPES or not native.on_cpu(values):
+    if loops is None or values.dtype not in native.DTYPES or not native.on_cpu(values):
         return None
-    return bool(loops.qlazy_is_finite(values.data_ptr(), values.numel(), _DTYPES[values.dtype]))
+    return bool(loops.qlazy_is_finite(values.data_ptr(), values.numel(), native.DTYPES[values.dtype]))
 
 
 def _run(
@@ -104,7 +102,7 @@ def _run(
     count: int = 0,
 ) -> bool | None:
     loops = native.library()
-    taken = weight_NK.dtype in _DTYPES and scale.dtype in _DTYPES and native.on_cpu(weight_NK, packed, scale, zero)
+    taken = weight_NK.dtype in native.DTYPES and scale.dtype in native.DTYPES and native.on_cpu(weight_NK, packed, scale, zero)
     if loops is None or not taken:
         return None
     rows, columns = weight_NK.shape
@@ -116,8 +114,8 @@ def _run(
         scale.data_ptr(),
         None if zero is None else zero.data_ptr(),
         None if factors is None else factors.data_ptr(),
-        _DTYPES[weight_NK.dtype],
-        _DTYPES[scale.dtype],
+        native.DTYPES[weight_NK.dtype],
+        native.DTYPES[scale.dtype],
         rows,
         columns,
         group_size,

@@ -1,0 +1,34 @@
+"""Opens the tokenizer of a model."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlazy.errors import UnsupportedModel
+from qlazy.sources.source import Source
+
+
+def load_tokenizer(source: Source, *, without: str, trust_remote_code: bool | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the weights, or in them for GGUF.
+
+    Args:
+        source: An opened source with a folder.
+        without: What to do without one, for the hint of the error.
+        trust_remote_code: As in transformers.
+    Returns:
+        The tokenizer.
+    Raises:
+        UnsupportedModel: there is none, or transformers cannot read it.
+    """
+    within = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=trust_remote_code, **within
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedModel(
+            f"{source.folder} has no tokenizer that transformers can read: {why}",
+            hint=f"Copy the tokenizer's files beside the weights, or {without}.",
+        ) from error
+    return tokenizer
