@@ -35,7 +35,7 @@ _INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def resolve_dtype(source: Source, dtype: str, budget: Budget) -> str:
-    """The dtype of everything that is not quantized.
+    """The dtype of everything that is not quantized, on the devices of a load.
 
     Args:
         source: An opened source.
@@ -46,12 +46,25 @@ def resolve_dtype(source: Source, dtype: str, budget: Budget) -> str:
     Raises:
         UsageError: any other name.
     """
+    own = own_dtype(source, dtype)
+    return "bfloat16" if dtype == "auto" and own == "float16" and budget.devices == ("cpu",) else own
+
+
+def own_dtype(source: Source, dtype: str) -> str:
+    """The dtype of everything that is not quantized, whatever it will run on: for what is written, or kept as it is stored.
+
+    Args:
+        source: An opened source.
+        dtype: `auto` or a torch dtype name.
+    Returns:
+        `float32`, `float16` or `bfloat16`; for `auto` what the config says, or most of what is stored is in.
+    Raises:
+        UsageError: any other name.
+    """
     if dtype == "auto":
         named = [c.get(key) for c in (source.config, text_config(source.config)) for key in ("dtype", "torch_dtype")]
         known = [name for name in (str(n).removeprefix("torch.") for n in named) if name in _MODEL_DTYPES]
-        dtype = known[0] if known else _stored_dtype(source)
-        if dtype == "float16" and budget.devices == ("cpu",):
-            dtype = "bfloat16"
+        return known[0] if known else _stored_dtype(source)
     if dtype not in _MODEL_DTYPES:
         raise UsageError(f"There is no model dtype {dtype!r}.", hint="Use --dtype auto, bfloat16, float16 or float32.")
     return dtype

@@ -16,7 +16,7 @@ from qlazy.planning.budget import Budget
 from qlazy.planning.data import DevicePlan, Entry, Plan, TensorPlan, to_json
 from qlazy.planning.demand import activation_bytes, layer_kv_bytes
 from qlazy.planning.devices import assign, block_of, kv_by_block
-from qlazy.planning.entries import conversion_bytes, entries, require_unquantized, resolve_dtype
+from qlazy.planning.entries import conversion_bytes, entries, own_dtype, require_unquantized, resolve_dtype
 from qlazy.planning.recipe import Recipe, make_recipe
 from qlazy.sizes import format_bytes
 from qlazy.sources.source import Source
@@ -106,8 +106,7 @@ def require_target(source: Source, recipe: Recipe, *, dtype: str = "auto") -> No
     """
     if recipe.target is None or source.folder is not None:
         return
-    anywhere = Budget(devices=("cuda:0",), free_bytes={}, reserve_bytes=0, max_model_len=1)
-    resolved = resolve_dtype(source, dtype, anywhere)
+    resolved = own_dtype(source, dtype)
     aim(entries(source, resolved), recipe, resolved, exact=False)
 
 

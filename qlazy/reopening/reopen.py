@@ -25,8 +25,9 @@ from qlazy.memory import Meter
 from qlazy.place import Placer
 from qlazy.placeholder import build_placeholder, eager_values
 from qlazy.planning.budget import Budget
+from qlazy.planning.entries import own_dtype
 from qlazy.planning.kept import KeptRecipe, renamed
-from qlazy.planning.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, RING_BYTES, Plan, resolve_dtype
+from qlazy.planning.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, RING_BYTES, Plan
 from qlazy.reading.chunks import CACHED_BYTES, worker_count
 from qlazy.reopening.mapped import MappedFiles
 from qlazy.reopening.mapped_stack import lie_in_order, stacked
@@ -75,8 +76,7 @@ def reopen(
     """
     clock = Clock()
     with Meter() as meter, torch.no_grad():
-        # No rule for this machine's processor: scales are kept as they are.
-        dtype = resolve_dtype(source, dtype, dataclasses.replace(budget, devices=("cuda:0",)))
+        dtype = own_dtype(source, dtype)  # scales are kept as they are, whatever the devices
         construct: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
         clock.lap("plan")
         model = build_placeholder(source, getattr(torch, dtype), **construct)

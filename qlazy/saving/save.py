@@ -26,7 +26,8 @@ from qlazy.memory import trim_heap
 from qlazy.place import empty
 from qlazy.placeholder import build_placeholder
 from qlazy.planning.budget import Budget
-from qlazy.planning.plan import make_plan, resolve_dtype
+from qlazy.planning.entries import own_dtype
+from qlazy.planning.plan import make_plan
 from qlazy.planning.recipe import Recipe
 from qlazy.report import Progress
 from qlazy.saving.calibrated import CalibratedSave
@@ -95,8 +96,7 @@ def save(
     """
     began = time.perf_counter()
     layout = layout or default_layout(recipe.format)
-    # No rule for this machine's processor: where the folder will be used is not known.
-    dtype = resolve_dtype(source, dtype, dataclasses.replace(UNLIMITED, devices=("cuda:0",)))
+    dtype = own_dtype(source, dtype)  # where the folder will be used is not known
     told = {} if calibration is None else {"calibration": calibration.told()}
     key = content_key(source, recipe, layout=layout, dtype=dtype, shard_bytes=shard_bytes, **told)
     done = already_saved(folder, key)

@@ -19,6 +19,7 @@ import qlazy
 from qlazy.errors import CorruptCheckpoint, DoesNotFit, UnsupportedModel, UsageError
 from qlazy.planning.budget import Budget, make_budget
 from qlazy.planning.devices import kv_by_block, natural
+from qlazy.planning.entries import own_dtype
 from qlazy.planning.plan import Plan, allocate, block_of, entries, make_plan, require_fit, resolve_dtype, to_json
 from qlazy.planning.recipe import Recipe, make_recipe
 from qlazy.sizes import format_bytes, parse_bytes
@@ -364,6 +365,20 @@ def test_blocks_of_gguf_are_decoded_and_not_refused():
 def test_auto_dtype(config, stored, devices, dtype):
     source = source_of({"a.weight": (64, 64), "b.weight": (4,)}, config, dtype=stored)
     assert resolve_dtype(source, "auto", budget_of(dict.fromkeys(devices, GIB))) == dtype
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "dtype", "own"),
+    [
+        ({"torch_dtype": "float16"}, "float32", "auto", "float16"),
+        ({}, "float16", "auto", "float16"),
+        ({}, "Q4_K", "auto", "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16", "float32", "float32"),
+    ],
+    ids=str,
+)
+def test_what_is_written_and_what_is_kept_asks_for_no_device(config, stored, dtype, own):
+    assert own_dtype(source_of({"a.weight": (64, 64)}, config, dtype=stored), dtype) == own
 
 
 def test_auto_dtype_is_that_of_most_bytes_whatever_their_order():
