@@ -1,4 +1,4 @@
-"""The text that a model is calibrated on, as tokens: a file's, or what the model itself writes when it is loaded in 8 bits."""
+"""The text that a model is calibrated on, as tokens: a file's, what the model itself writes when it is loaded in 8 bits, or any."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Callable
 import torch
 
 from qlazy.calibrating.calibration import Calibration
-from qlazy.calibrating.tokens import Text, sample_tokens, text_tokens
+from qlazy.calibrating.tokens import Text, random_tokens, sample_tokens, text_tokens
 from qlazy.errors import DoesNotFit
 from qlazy.load import load
 from qlazy.memory import anonymous_bytes, trim_heap
 from qlazy.planning.budget import make_budget
 from qlazy.planning.demand import kv_cache_bytes
+from qlazy.placeholder import load_config
 from qlazy.planning.recipe import make_recipe
 from qlazy.report import Progress
 from qlazy.sources.source import Source
@@ -52,12 +53,15 @@ def tokens_for(
         UnsupportedModel: there is no tokenizer for the file, or the model does not predict tokens.
         DoesNotFit: the model does not fit in 4 bits.
 
-    Memory: of a file, its text; else the model in 8 bits, or in 4 where these do not fit, and a gibibyte of keys and values.
+    Memory: of a file, its text; of random tokens, themselves; else the model in 8 bits, or in 4 where these do not fit, and a gibibyte of keys and values.
     """
     text = calibration.text()
     if text is not None:
         tokenizer = load_tokenizer(source, without="leave --calibration-file out", trust_remote_code=trust_remote_code)
         return Text(tokens=text_tokens(tokenizer, text, calibration))
+    if calibration.random_tokens:
+        config = load_config(source, trust_remote_code=trust_remote_code)
+        return Text(tokens=random_tokens(int(config.get_text_config().vocab_size), calibration))
     length, total = calibration.sequence_length, calibration.samples * calibration.sequence_length * 8
     per_sequence = max(1, kv_cache_bytes(source.config, length, "float32" if source.kind == "gguf" else "bfloat16"))
     batch = max(1, min(calibration.samples, CACHE_BYTES // per_sequence))
@@ -79,7 +83,7 @@ def tokens_for(
             if bits == 4:
                 raise DoesNotFit(
                     f"The model cannot write the text that it is calibrated on: {error.message}",
-                    hint="Give a text: --calibration-file.",
+                    hint="Give a text, --calibration-file, or do without one: --random-tokens.",
                     needed_bytes=error.needed_bytes,
                     free_bytes=error.free_bytes,
                 ) from None

@@ -16,12 +16,14 @@ class Calibration:
 
     file: str | Path | None = None
     """A text in UTF-8; None: the model writes its own."""
+    random_tokens: bool = False
+    """Tokens drawn at random in place of a text: nothing has to be written, and the model need not fit."""
     samples: int = 64
     """Sequences of tokens."""
     sequence_length: int = 512
     """Tokens of each."""
     seed: int = 0
-    """Of the random numbers by which the model chooses its words."""
+    """Of the random numbers by which the model chooses its words, or tokens are drawn."""
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
@@ -30,6 +32,8 @@ class Calibration:
                 f"{self.samples} samples of {self.sequence_length} tokens are no text.",
                 hint="Use at least --samples 1 and --sequence-length 2.",
             )
+        if self.random_tokens and self.file is not None:
+            raise UsageError(f"Tokens drawn at random are not those of {self.file}.", hint="Leave one of the two out.")
 
     def text(self) -> str | None:
         """What the file holds.
@@ -63,7 +67,7 @@ class Calibration:
         told: dict[str, Any] = {"samples": self.samples, "sequence_length": self.sequence_length}
         text = self.text()
         if text is None:
-            return told | {"text": "its own", "seed": self.seed}
+            return told | {"text": "random tokens" if self.random_tokens else "its own", "seed": self.seed}
         return told | {"text": hashlib.sha256(text.encode()).hexdigest()}
 
 

@@ -1,4 +1,4 @@
-"""The tokens that a model is calibrated on: what it writes itself, or a text."""
+"""The tokens that a model is calibrated on: what it writes itself, a text, or any at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Text:
     tokens: Tensor
     """int64 (sequences, length)."""
     bits: int | None = None
-    """In how many bits the model wrote it; None: it comes from a file."""
+    """In how many bits the model wrote it; None: it did not."""
 
 
 def sample_tokens(
@@ -72,6 +72,19 @@ def sample_tokens(
             found.append(written.cpu())
             done += written.numel()
     return torch.cat(found)
+
+
+def random_tokens(vocab_size: int, calibration: Calibration) -> Tensor:
+    """Draw tokens, each as likely as any other.
+
+    Args:
+        vocab_size: How many there are.
+        calibration: How many sequences, of which length, by which seed.
+    Returns:
+        int64 (samples, length).
+    """
+    generator = torch.Generator().manual_seed(calibration.seed)
+    return torch.randint(vocab_size, (calibration.samples, calibration.sequence_length), generator=generator)
 
 
 def text_tokens(tokenizer: Any, text: str, calibration: Calibration) -> Tensor:

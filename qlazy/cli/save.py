@@ -64,17 +64,29 @@ def save(
     calibration_file: Annotated[
         Path | None, typer.Option(help="Calibrate on this text, in UTF-8, and not on the model's own.")
     ] = None,
+    random_tokens: Annotated[
+        bool, typer.Option("--random-tokens", help="Calibrate on tokens drawn at random: quicker, and the model need not fit.")
+    ] = False,
     samples: Annotated[
         int | None, typer.Option(min=1, help=f"Sequences to calibrate on (default {Calibration.samples}).")
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(min=2, help=f"Tokens of each (default {Calibration.sequence_length}).")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help=f"Of the text that the model writes (default {Calibration.seed}).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help=f"Of the text that the model writes, or of random tokens (default {Calibration.seed}).")
+    ] = None,
     options: Options,
 ) -> None:
     """Quantize MODEL into FOLDER, for qlazy, transformers and vLLM; goes on where it was cut off. Also `qlazy quantize`."""
-    calibration = _calibration(calibrate, file=calibration_file, samples=samples, sequence_length=sequence_length, seed=seed)
+    calibration = _calibration(
+        calibrate,
+        file=calibration_file,
+        random_tokens=random_tokens or None,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
     idle = [name for name in _IDLE if getattr(options, name) != getattr(Options(), name)]
     if idle:
         flags = ", ".join("--" + name.replace("_", "-") for name in idle)
@@ -129,13 +141,11 @@ def save(
 
 def _calibration(calibrate: bool, **told: Any) -> Calibration | None:
     given = {name: value for name, value in told.items() if value is not None}
-    if given and not calibrate and "file" not in given:
+    if given and not (calibrate or "file" in given or "random_tokens" in given):
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise UsageError(f"{flags} belongs to a calibration.", hint="Add --calibrate.")
     if "file" in given and "seed" in given:
-        raise UsageError(
-            "--seed is of the text that the model writes, and --calibration-file is another.", hint="Leave one out."
-        )
+        raise UsageError("--seed is of a text that is drawn, and --calibration-file is none.", hint="Leave one out.")
     return Calibration(**given) if calibrate or given else None
 
 

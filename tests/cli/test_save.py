@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+import torch
+
 
 def test_save_run_and_save_again(qlazy, tiny, tmp_path):
     folder = tmp_path / "saved"
@@ -56,4 +60,17 @@ def test_calibrated_on_a_file(qlazy, tiny, tmp_path):
     done = qlazy("save", tiny, tmp_path / "other", *options)
     assert done.code == 2 and "--samples, --sequence-length belongs to a calibration" in done.err
     done = qlazy("save", tiny, tmp_path / "other", "--calibration-file", file, "--seed", "1")
-    assert done.code == 2 and "--seed is of the text that the model writes" in done.err
+    assert done.code == 2 and "--seed is of a text that is drawn" in done.err
+
+
+def test_calibrated_on_random_tokens(qlazy, tiny, tmp_path):
+    options = ["--random-tokens", "--samples", "3", "--sequence-length", "16", "--seed", "5"]
+    done = qlazy("save", tiny, tmp_path / "saved", *options, "--json")
+    assert done.code == 0 and done.json["calibrated"]["sequences"] == 3
+    told = json.loads((tmp_path / "saved" / "qlazy.json").read_text())["calibration"]
+    assert told == {"samples": 3, "sequence_length": 16, "text": "random tokens", "seed": 5}
+    tokens = torch.tensor(json.loads((tmp_path / "saved" / "calibration.json").read_text())["tokens"])
+    vocabulary = json.loads((tiny / "config.json").read_text())["vocab_size"]
+    assert tokens.shape == (3, 16) and tokens.min() >= 0 and vocabulary / 2 < tokens.max() < vocabulary
+    done = qlazy("save", tiny, tmp_path / "other", "--random-tokens", "--calibration-file", tiny / "config.json")
+    assert done.code == 2 and "Tokens drawn at random are not those of" in done.err
