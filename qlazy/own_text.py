@@ -1,4 +1,4 @@
-"""The text that a model is calibrated on, as tokens: a file's, what the model itself writes when it is loaded in 8 bits, or any."""
+"""The text that a model is calibrated on, as tokens: a file's, what the model itself writes in 8 bits, or any."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from qlazy.calibrating.tokens import Text, random_tokens, sample_tokens, text_to
 from qlazy.errors import DoesNotFit
 from qlazy.load import load
 from qlazy.memory import anonymous_bytes, trim_heap
+from qlazy.placeholder import load_config
 from qlazy.planning.budget import make_budget
 from qlazy.planning.demand import kv_cache_bytes
-from qlazy.placeholder import load_config
 from qlazy.planning.recipe import make_recipe
 from qlazy.report import Progress
 from qlazy.sources.source import Source
@@ -53,7 +53,8 @@ def tokens_for(
         UnsupportedModel: there is no tokenizer for the file, or the model does not predict tokens.
         DoesNotFit: the model does not fit in 4 bits.
 
-    Memory: of a file, its text; of random tokens, themselves; else the model in 8 bits, or in 4 where these do not fit, and a gibibyte of keys and values.
+    Memory: of a file, its text; of random tokens, themselves; else the model in 8 bits, or in 4 where these do not fit, and a
+    gibibyte of keys and values.
     """
     text = calibration.text()
     if text is not None:
