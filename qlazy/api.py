@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlazy.planning.budget import make_budget
 from qlazy.planning.kept import keep
@@ -173,7 +173,8 @@ def load_quantized(
     Returns:
         The model in evaluation mode, a `transformers.PreTrainedModel`, with its `LoadReport` as `qlazy_report`.
     Raises:
-        DoesNotFit: before anything is read.
+        DoesNotFit: a device is short, or nothing is as small as the target: before anything is read, and before a download as
+            far as headers tell.
         CorruptCheckpoint: a damaged file, by name of file and tensor.
         QlazyError: the model is not found or not supported.
 
@@ -181,8 +182,6 @@ def load_quantized(
     buffers (more only for weights that transformers must convert as a whole); on a GPU, the packed bytes and the chunks in
     flight.
     """
-    from qlazy.load import load
-
     recipe = make_recipe(
         bits=bits,
         format=format,
@@ -196,22 +195,26 @@ def load_quantized(
         target_size=target_size,
         target_bpw=target_bpw,
     )
-
+    budget = make_budget(device_map, max_memory, reserve=reserve, max_model_len=max_model_len)
+    where: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
     taken = None if trace is None else Trace(trace)
     with span(taken, "resolve"):
-        source = open_source(
-            model_id,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            config_only=random_init,
-            on_progress=downloading(on_progress),
-        )
+        source = open_source(model_id, headers_only=True, config_only=random_init, **where)
+        if source.folder is None:
+            make_plan(source, keep(source, recipe) or recipe, budget, dtype=dtype)  # refused before it is downloaded
+            source = open_source(model_id, on_progress=downloading(on_progress), **where)
+
+    from qlazy.load import load
+
     model = load(
         source,
         recipe,
-        make_budget(device_map, max_memory, reserve=reserve, max_model_len=max_model_len),
+        budget,
         dtype=dtype,
         attn_implementation=attn_implementation,
         strict=strict,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ import qlazy
 from qlazy.errors import DoesNotFit
 from qlazy.formats import Int4, Int8
 from qlazy.quantizing.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
-from qlazy.sources.source import open_source
+from tests.hub_server import point_to, serve_hub
 from tests.integration.conftest import inputs_of, stored
 
 
@@ -130,17 +130,22 @@ def test_a_save_for_a_target_that_is_too_small_begins_no_folder(checkpoint, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_save_for_a_target_that_is_too_small_downloads_nothing(checkpoint, tmp_path, monkeypatch):
-    asked = []
-
-    def remote(model, *, headers_only=False, **where):
-        asked.append(headers_only)
-        return dataclasses.replace(open_source(model, headers_only=headers_only), folder=None)
-
-    monkeypatch.setattr("qlazy.save_api.open_source", remote)
-    with pytest.raises(DoesNotFit, match="by their names"):
-        qlazy.save_quantized(checkpoint("llama"), tmp_path / "saved", target_bpw=4.01)
-    assert asked == [True] and not list(tmp_path.iterdir())
+def test_what_headers_tell_is_refused_before_a_download(checkpoint, tmp_path, monkeypatch):
+    huggingface_hub.close_session()
+    with serve_hub() as hub:
+        hub.add("org/tiny", checkpoint("llama"))
+        point_to(monkeypatch, hub.url, tmp_path / "cache")
+        with pytest.raises(DoesNotFit, match="by their names"):
+            qlazy.load_quantized("org/tiny", device_map="cpu", target_bpw=4.01)
+        with pytest.raises(DoesNotFit, match="cpu is short"):
+            qlazy.load_quantized("org/tiny", max_memory={"cpu": "1MiB"}, target_bpw=5)
+        with pytest.raises(DoesNotFit, match="by their names"):
+            qlazy.save_quantized("org/tiny", tmp_path / "saved", target_size="64KiB")
+        assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "saved").exists()
+        model = qlazy.load_quantized("org/tiny", device_map="cpu", target_bpw=5)
+    huggingface_hub.close_session()
+    here = qlazy.load_quantized(checkpoint("llama"), device_map="cpu", target_bpw=5)
+    assert model.qlazy_report.plan.recipe == here.qlazy_report.plan.recipe
 
 
 def test_measuring_tells_how_far_it_is(checkpoint):
