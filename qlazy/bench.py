@@ -67,7 +67,7 @@ class Benchmark:
     model: str
     """What was asked for."""
     format: str
-    """Format of the quantized weights."""
+    """Format of its layers, or the target that theirs were chosen for."""
     weight_bytes: int
     """Bytes of all weights and buffers, measured."""
     parameters: int
@@ -144,7 +144,7 @@ def summarize(report: LoadReport, timings: tuple[Timing, ...], *, run_peak_bytes
     plan = report.plan
     return Benchmark(
         model=plan.model_id,
-        format=plan.recipe.format.name,
+        format=plan.recipe.name,
         weight_bytes=sum(report.device_bytes.values()),
         parameters=sum(math.prod(tensor.shape) for tensor in plan.tensors if tensor.source_nbytes),
         device=", ".join(sorted({tensor.device for tensor in plan.tensors})),

@@ -53,7 +53,7 @@ def draw_load(report: LoadReport) -> Figure:
     Returns:
         The figure.
     """
-    figure = _figure(f"Loading {report.plan.model_id} to {report.plan.recipe.format.name}")
+    figure = _figure(f"Loading {report.plan.model_id} to {report.plan.recipe.name}")
     memory, read = figure.subplots(2, 1, sharex=True)
 
     above = [(seconds, nbytes - report.samples[0][1]) for seconds, nbytes in report.samples]

@@ -97,8 +97,7 @@ def ppl(
         )
     else:
         bits = bits_per_weight(plan)
-        aimed = plan.recipe.format.name if plan.recipe.target is None else f"target of {plan.recipe.target}"
-        what = "nothing quantized" if bits is None else f"{aimed}, {bits:.3f} bits per quantized weight"
+        what = "nothing quantized" if bits is None else f"{plan.recipe.name}, {bits:.3f} bits per quantized weight"
         print(f"{model}: {what}\n{table(quality)}")
 
 

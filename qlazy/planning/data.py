@@ -169,13 +169,15 @@ def to_json(plan: Plan) -> dict[str, Any]:
     Args:
         plan: Any plan.
     Returns:
-        A JSON-ready dict.
+        A JSON-ready dict. For a target `format` is None, as layers have several, and `target` has one of two figures.
     """
+    target = plan.recipe.target
     return {
         "schema": 1,
         "model_id": plan.model_id,
         "resolved": plan.resolved,
-        "format": plan.recipe.format.name,
+        "format": plan.recipe.format.name if target is None else None,
+        "target": None if target is None else {"weight_bytes": target.nbytes, "bits_per_weight": target.bpw},
         "dtype": plan.dtype,
         "max_model_len": plan.budget.max_model_len,
         "exact": plan.exact,

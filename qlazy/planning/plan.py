@@ -202,8 +202,7 @@ def require_fit(plan: Plan, source: Source) -> None:
         return
     needed, free, reserve = (sum(getattr(d, key) for d in short) for key in ("total_bytes", "free_bytes", "reserve_bytes"))
     where = ", ".join(f"{d.device} is short by {format_bytes(-d.left_bytes, round_up=True)}" for d in short)
-    target = plan.recipe.target
-    asked = f"in {plan.recipe.format.name}" if target is None else f"for a target of {target}"
+    asked = f"in {plan.recipe.name}" if plan.recipe.target is None else f"for a {plan.recipe.name}"
     raise DoesNotFit(
         f"{plan.model_id} {asked} does not fit: it needs {format_bytes(needed)}, and "
         f"{format_bytes(reserve)} kept free, where {format_bytes(free)} may be used; {where}.",

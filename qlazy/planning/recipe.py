@@ -64,7 +64,7 @@ class Recipe:
     """What to quantize and how."""
 
     format: Format = Int4()
-    """Format of every layer that is quantized."""
+    """Format of every layer that is quantized; under a target only whether its int4 is symmetric counts."""
     head: Format | None = Int8()
     """Format of an output head that is a linear layer of its own, not tied to the embedding; None keeps the model's dtype."""
     embedding: Format | None = None
@@ -113,6 +113,11 @@ class Recipe:
             if any(matches(pattern, name) for name in names):
                 chosen, reason = fmt, f"listed in module_bits as {pattern!r}"
         return (chosen.for_columns(columns) if chosen else None), reason
+
+    @property
+    def name(self) -> str:
+        """What layers become, in a few words: their format, or the target that formats are chosen for."""
+        return self.format.name if self.target is None else f"target of {self.target}"
 
     @functools.cached_property
     def _by_name(self) -> dict[str, Format | None]:

@@ -56,7 +56,7 @@ def cached(
     """
     layout = default_layout(recipe.format)
     key = content_key(source, recipe, layout=layout, dtype=dtype, shard_bytes=SHARD_BYTES)
-    folder = cache_root() / f"{Path(source.resolved).name}-{recipe.format.name}-{key[:12]}"
+    folder = cache_root() / f"{Path(source.resolved).name}-{recipe.name.replace(' ', '-')}-{key[:12]}"
     if already_saved(folder, key) is None:
         try:
             save(

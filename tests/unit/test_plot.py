@@ -10,6 +10,7 @@ import pytest
 
 from qlazy.bench import Benchmark, Timing
 from qlazy.errors import UsageError
+from qlazy.planning.recipe import make_recipe
 from qlazy.plot import KINDS, draw_benchmark, draw_load, require_plot, save_figure
 from qlazy.report import LoadReport
 
@@ -19,8 +20,7 @@ MIB, GIB = 1 << 20, 1 << 30
 @pytest.fixture
 def report() -> LoadReport:
     devices = [SimpleNamespace(device="cpu", weight_bytes=100 * MIB, staging_bytes=64 * MIB, runtime_bytes=36 * MIB)]
-    recipe = SimpleNamespace(format=SimpleNamespace(name="int4-g32-asym"))
-    plan: Any = SimpleNamespace(model_id="some/model", recipe=recipe, devices=devices)
+    plan: Any = SimpleNamespace(model_id="some/model", recipe=make_recipe(), devices=devices)
     return LoadReport(
         plan=plan,
         seconds={"plan": 0.01, "total": 4.01, "build": 1.0, "stream": 3.0, "finish": 0.0},
@@ -47,6 +47,11 @@ def test_a_load_is_drawn_against_its_plan(report):
     # Stages end where the next begins; those that took no time have no room for their names.
     assert [line.get_xdata()[0] for line in read.get_lines()[1:]] == pytest.approx([0.01, 1.01, 4.01])
     assert [text.get_text() for text in read.texts] == ["build", "stream"]
+
+
+def test_a_load_for_a_target_is_drawn_as_one(report):
+    report.plan.recipe = make_recipe(target_bpw=4.3)
+    assert draw_load(report).get_suptitle() == "Loading some/model to target of 4.3 bits per weight"
 
 
 def test_a_load_to_a_gpu_has_no_planned_peak_of_the_host(report):

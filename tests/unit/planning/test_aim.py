@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from qlazy.formats import Format, Int4, Int8
 from qlazy.planning.aim import aim, formats_of, merged, offered, weight_of
 from qlazy.planning.budget import Budget
 from qlazy.planning.data import Entry, Plan
-from qlazy.planning.plan import allocate, entries, make_plan, require_target
+from qlazy.planning.plan import allocate, entries, make_plan, require_target, to_json
 from qlazy.planning.recipe import Kind, Recipe, make_recipe
 from qlazy.report import plan_summary
 from qlazy.save_api import save_recipe
@@ -332,6 +333,17 @@ def test_middle_blocks_and_last_ones_matter_by_what_layers_do():
     # As much as all layers of several blocks together.
     head = weight_of(entry("lm_head.weight", "head", (512, 64)), {"model.layers.": 29})
     assert head > 10 * weight(15, "self_attn.v_proj")
+
+
+def test_json_names_the_target_and_no_format_for_all():
+    for options, asked in (
+        ({"target_bpw": 4.3}, {"weight_bytes": None, "bits_per_weight": 4.3}),
+        ({"target_size": "1GiB"}, {"weight_bytes": 1 << 30, "bits_per_weight": None}),
+    ):
+        told = json.loads(json.dumps(to_json(planned(**options))))
+        assert told["format"] is None and told["target"] == asked
+        assert all(asked[figure] is None or told[figure] <= asked[figure] for figure in asked)
+    assert to_json(planned())["format"] == "int4-g32-asym" and to_json(planned())["target"] is None
 
 
 def test_a_recipe_without_a_target_is_left_alone():
