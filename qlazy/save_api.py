@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlazy.calibrating.calibration import Calibration
 from qlazy.errors import UsageError
-from qlazy.planning.plan import require_target
+from qlazy.planning.budget import UNLIMITED
+from qlazy.planning.plan import make_plan
 from qlazy.planning.recipe import Recipe, make_recipe
 from qlazy.report import Progress, downloading
 from qlazy.saving.layout_config import require_layout
@@ -127,9 +128,10 @@ def save_quantized(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    if recipe.target is not None:
-        require_target(open_source(model, headers_only=True, **where), recipe, dtype=dtype)
-    source = open_source(model, on_progress=downloading(on_progress), **where)
+    source = open_source(model, headers_only=True, **where)
+    if source.folder is None:
+        make_plan(source, recipe, UNLIMITED, dtype=dtype)  # refused before it is downloaded
+        source = open_source(model, on_progress=downloading(on_progress), **where)
     from qlazy.saving.save import save
 
     def text() -> Text:

@@ -13,7 +13,8 @@ from qlazy.cli.app import app, print_json
 from qlazy.cli.arguments import Model
 from qlazy.cli.options import Options, with_options
 from qlazy.errors import UsageError
-from qlazy.planning.plan import require_target
+from qlazy.planning.budget import UNLIMITED
+from qlazy.planning.plan import make_plan
 from qlazy.save_api import save_recipe
 from qlazy.saving.folder import require_replaceable
 from qlazy.saving.layout_config import LAYOUTS, require_layout
@@ -97,7 +98,8 @@ def save(
     if read_manifest(folder) is None:
         require_replaceable(folder, force=force)
     source = open_source(model, headers_only=True, **options.source_arguments())
-    require_target(source, recipe, dtype=options.dtype)
+    if source.folder is None:
+        make_plan(source, recipe, UNLIMITED, dtype=options.dtype)  # refused before it is downloaded
 
     from qlazy.cli.generate import fetch, hush
     from qlazy.cli.progress import Display

@@ -29,6 +29,10 @@ class Budget:
     """Device by prefix of the name, where the user says it all."""
 
 
+UNLIMITED = Budget(devices=("cpu",), free_bytes={"cpu": 1 << 60}, reserve_bytes=0, max_model_len=1)
+"""The budget of a save: what is written need not fit anywhere."""
+
+
 def make_budget(
     device_map: str | Mapping[str, str] = "auto",
     max_memory: Mapping[str | int, str | int] | None = None,

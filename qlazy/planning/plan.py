@@ -16,7 +16,7 @@ from qlazy.planning.budget import Budget
 from qlazy.planning.data import DevicePlan, Entry, Plan, TensorPlan, to_json
 from qlazy.planning.demand import activation_bytes, layer_kv_bytes
 from qlazy.planning.devices import assign, block_of, kv_by_block
-from qlazy.planning.entries import conversion_bytes, entries, own_dtype, require_unquantized, resolve_dtype
+from qlazy.planning.entries import conversion_bytes, entries, require_unquantized, resolve_dtype
 from qlazy.planning.recipe import Recipe, make_recipe
 from qlazy.sizes import format_bytes
 from qlazy.sources.source import Source
@@ -92,22 +92,6 @@ def make_plan(source: Source, recipe: Recipe, budget: Budget, *, dtype: str = "a
     plan = allocate(entries(source, resolved), source, recipe, budget, dtype=resolved, exact=False, patient=patient)
     require_fit(plan, source)
     return plan
-
-
-def require_target(source: Source, recipe: Recipe, *, dtype: str = "auto") -> None:
-    """Refuse a target that nothing is small enough for before a model is downloaded for it.
-
-    Args:
-        source: An opened source; one that is here already passes, as the model itself will tell.
-        recipe: What is asked for.
-        dtype: As in `make_plan`.
-    Raises:
-        DoesNotFit: no formats are small enough.
-    """
-    if recipe.target is None or source.folder is not None:
-        return
-    resolved = own_dtype(source, dtype)
-    aim(entries(source, resolved), recipe, resolved, exact=False)
 
 
 def allocate(

@@ -25,7 +25,7 @@ from qlazy.match import match_tensors
 from qlazy.memory import trim_heap
 from qlazy.place import empty
 from qlazy.placeholder import build_placeholder
-from qlazy.planning.budget import Budget
+from qlazy.planning.budget import UNLIMITED
 from qlazy.planning.entries import own_dtype
 from qlazy.planning.plan import make_plan
 from qlazy.planning.recipe import Recipe
@@ -48,9 +48,6 @@ from qlazy.swap import swap_layers
 
 SHARD_BYTES = 512 << 20
 """Bytes of a shard, unless one tensor has more: what a save holds beside its ring."""
-
-UNLIMITED = Budget(devices=("cpu",), free_bytes={"cpu": 1 << 60}, reserve_bytes=0, max_model_len=1)
-"""The budget of a save: what is written need not fit anywhere."""
 
 
 def save(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import qlazy
-from qlazy.errors import DoesNotFit
+from qlazy.errors import DoesNotFit, UsageError
 from qlazy.formats import Int4, Int8
 from qlazy.quantizing.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from tests.hub_server import point_to, serve_hub
@@ -141,6 +141,8 @@ def test_what_headers_tell_is_refused_before_a_download(checkpoint, tmp_path, mo
             qlazy.load_quantized("org/tiny", max_memory={"cpu": "1MiB"}, target_bpw=5)
         with pytest.raises(DoesNotFit, match="by their names"):
             qlazy.save_quantized("org/tiny", tmp_path / "saved", target_size="64KiB")
+        with pytest.raises(UsageError, match="no model dtype"):
+            qlazy.save_quantized("org/tiny", tmp_path / "saved", dtype="fp16")
         assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "saved").exists()
         model = qlazy.load_quantized("org/tiny", device_map="cpu", target_bpw=5)
     huggingface_hub.close_session()

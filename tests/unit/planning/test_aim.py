@@ -17,7 +17,7 @@ from qlazy.formats import Format, Int4, Int8
 from qlazy.planning.aim import aim, formats_of, merged, offered, weight_of
 from qlazy.planning.budget import Budget
 from qlazy.planning.data import Entry, Plan
-from qlazy.planning.plan import allocate, entries, make_plan, require_target, to_json
+from qlazy.planning.plan import allocate, entries, make_plan, to_json
 from qlazy.planning.recipe import Kind, Recipe, make_recipe
 from qlazy.report import plan_summary
 from qlazy.save_api import save_recipe
@@ -257,14 +257,6 @@ def test_what_names_tell_refuses_a_plan_but_not_a_load():
     assert "by their names" not in caught.value.message
     met = allocate(entries(llama(layers=2), "bfloat16"), llama(), plan.recipe, ROOMY, dtype="bfloat16", exact=True)
     assert met.weight_bytes <= 2.5 * (1 << 20)
-
-
-def test_a_target_is_refused_before_a_download_but_not_where_the_model_is_here():
-    recipe = make_recipe(target_size="1MiB")
-    with pytest.raises(DoesNotFit, match="by their names"):
-        require_target(dataclasses.replace(llama(), folder=None), recipe)
-    require_target(llama(), recipe)
-    require_target(dataclasses.replace(llama(), folder=None), make_recipe(target_size="1GiB"))
 
 
 def test_a_loaded_models_plan_says_how_many_weights_were_not_measured():
