@@ -4,9 +4,12 @@
 1. make_plan          exact bytes for each device, or DoesNotFit
 2. build_placeholder  the model class, its parameters without storage
 3. match_tensors      which stored tensor becomes which of the model's; names, shapes and dtypes are checked
-4. swap_layers        linear layers, experts, embeddings -> low bits, still without storage; the plan becomes exact
-5. stream, place      a bounded ring: read in file order, quantize straight into final storage
-6. finish             ties, what no file holds, and the proof that nothing is left without storage
+4. measured           for a target alone: some rows of every layer in every format, to tell what each would cost it
+5. swap_layers        linear layers, experts, embeddings -> low bits, still without storage; the plan becomes exact
+6. stream, place      a bounded ring: read in file order, quantize straight into final storage
+7. finish             ties, what no file holds, and the proof that nothing is left without storage
+
+What is packed already is mapped instead (`qlazy/reopening/reopen.py`), and random values are drawn instead of read.
 """
 
 from __future__ import annotations
