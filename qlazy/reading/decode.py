@@ -1,7 +1,7 @@
 """Stored bytes to tensors: a view where torch has the dtype, new values where it is one of GGUF's block types.
 
 The `gguf` package dequantizes every type, with numpy and some 24 bytes of work for each element. The types that most files are
-of (Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K) are decoded here, in pieces that stay in the cache, to the same values bit for bit.
+of (Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, and gpt-oss's MXFP4) are decoded here, in pieces that stay in the cache, to the same values bit for bit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from qlazy.sources.source import TensorInfo
 
 _PIECE = 1 << 17
 """Elements decoded at a time."""
+
+_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.float32)
+"""Twice what four bits of MXFP4 stand for; there is no negative zero."""
 
 
 def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
@@ -123,6 +126,14 @@ def _q6_k(blocks: Tensor, out: Tensor) -> None:
     out.view(-1, 16, 16).mul_(scale[:, :, None])
 
 
+def _mxfp4(blocks: Tensor, out: Tensor) -> None:
+    """Sixteen values by number, times half a power of two of which the block's first byte is the exponent."""
+    numbers = _bits(blocks[:, 1:], 1, (0, 4), 15).view(-1).int()
+    torch.index_select(_E2M1, 0, numbers, out=out.view(-1))
+    exponent = blocks[:, :1].int()
+    out.mul_(torch.where(exponent < 2, (1 << 21) << exponent, (exponent - 1) << 23).view(torch.float32))
+
+
 def _scale_and_shift(blocks: Tensor, out: Tensor) -> None:
     """Eight six-bit scales and minima in twelve bytes: the last two bits of the last four stand in the first eight."""
     low, minima, both = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
@@ -138,5 +149,6 @@ _BLOCKS: dict[str, tuple[int, int, Callable[[Tensor, Tensor], None]]] = {
     "Q4_K": (256, 144, _q4_k),
     "Q5_K": (256, 176, _q5_k),
     "Q6_K": (256, 210, _q6_k),
+    "MXFP4": (32, 17, _mxfp4),
 }
 """Elements and bytes of a block, and what decodes blocks: uint8 (n, bytes) into float32 (n, elements)."""

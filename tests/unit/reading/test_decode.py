@@ -14,7 +14,7 @@ from qlazy.reading.decode import decode, decoded_bytes
 from qlazy.sources.gguf import GGML_TYPES, TORCH_NAMES
 from qlazy.sources.safetensors import TensorInfo
 
-OURS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+OURS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 
 
 def dequantized() -> list[str]:
