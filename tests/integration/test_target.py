@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import qlazy
+from qlazy.calibrating.calibration import Calibration
+from qlazy.calibrating.tokens import Text
 from qlazy.errors import DoesNotFit, UsageError
 from qlazy.formats import Int4, Int8
+from qlazy.load import load
+from qlazy.planning.budget import UNLIMITED
+from qlazy.planning.recipe import make_recipe
 from qlazy.quantizing.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from qlazy.saving.save import save
+from qlazy.sources.source import open_source
 from tests.hub_server import point_to, serve_hub
 from tests.integration.conftest import inputs_of, stored
 
@@ -176,3 +185,39 @@ def test_what_was_saved_for_a_target_is_what_was_loaded_for_it(checkpoint, tmp_p
     groups = reopened.config.quantization_config
     assert groups is not None
     assert math.isclose(plan.bits_per_weight(), reopened.qlazy_report.plan.bits_per_weight())
+
+
+def test_a_calibrated_save_for_a_target_calibrates_in_each_of_its_formats(checkpoint, tmp_path):
+    source, recipe = open_source(checkpoint("llama")), make_recipe(target_bpw=4.8)
+    tokens = torch.randint(3, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+    small = Calibration(samples=8, sequence_length=32)
+    report = save(source, recipe, tmp_path / "calibrated", calibration=small, text=lambda: Text(tokens=tokens))
+    save(source, recipe, tmp_path / "plain")
+    assert report.calibrated is not None and report.calibrated.plain == {"lm_head.weight": "in no block"}
+    aimed = load(source, recipe, UNLIMITED).qlazy_report.plan
+    wanted = AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    saved = {name: qlazy.load_quantized(tmp_path / name, device_map="cpu") for name in ("calibrated", "plain")}
+    chosen = {tensor.name: tensor.format for tensor in aimed.tensors}
+    for model in saved.values():
+        assert {tensor.name: tensor.format for tensor in model.qlazy_report.plan.tensors} == chosen
+    layers = {name.removesuffix(".weight"): fmt for name, fmt in chosen.items() if fmt is not None and ".layers." in name}
+    assert set(layers.values()) == {Int4(group_size=128), Int4(group_size=64), Int4(group_size=32), Int8()}
+
+    took_in: dict[str, Tensor] = {}
+    gave: dict[str, Tensor] = {}
+    for name in layers:
+        ours, theirs = saved["calibrated"].get_submodule(name), wanted.get_submodule(name)
+        ours.register_forward_hook(lambda _, args, made, name=name: took_in.update({name: args[0]}))
+        theirs.register_forward_hook(lambda _, args, made, name=name: gave.update({name: made.float()}))
+    with torch.no_grad():
+        logits = wanted(tokens).logits.double().log_softmax(-1)
+        kl, off = {}, dict.fromkeys(itertools.product(saved, set(layers.values())), 0.0)
+        for how, model in saved.items():
+            kl[how] = float((logits.exp() * (logits - model(tokens).logits.double().log_softmax(-1))).sum(-1).mean())
+        for (how, model), (name, fmt) in itertools.product(saved.items(), layers.items()):
+            made = model.get_submodule(name)(took_in[name]).float()
+            off[how, fmt] += float((made - gave[name]).square().sum() / gave[name].square().sum())
+    assert kl["calibrated"] < 0.3 * kl["plain"]
+    # By what each layer takes in, its output is nearer to what it should be than that of the same layer without calibration.
+    for fmt in set(layers.values()):
+        assert off["calibrated", fmt] < 0.7 * off["plain", fmt], fmt
