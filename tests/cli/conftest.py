@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -74,6 +76,27 @@ def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return kept | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def ctrl_c():
+    """Processes that a test starts hear Ctrl-C: what a shell runs in the background has it ignored, and passes that on."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def home(tmp_path) -> dict[str, str]:
+    """The variables of a user whose files are all below `tmp_path`, and who has compiled the loops before."""
+    from qlazy import native
+
+    library = native.library()
+    if library is not None:
+        (tmp_path / ".cache" / "qlazy").mkdir(parents=True)
+        shutil.copy(library._name, tmp_path / ".cache" / "qlazy")
+    places = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / ".cache"), "HF_HOME": str(tmp_path / "hf")}
+    return places | {"TMPDIR": str(tmp_path)}
 
 
 def save_llama(

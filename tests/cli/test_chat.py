@@ -115,7 +115,7 @@ def test_ctrl_c_in_a_pipe_ends(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_conversation_on_a_terminal(environment, tiny, tmp_path):
+def test_a_conversation_on_a_terminal(environment, ctrl_c, tiny, tmp_path):
     import pty
 
     ours, theirs = pty.openpty()
