@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qlazy.matching.fill import Fill, row_count
+from qlazy.matching.fill import Fill, bytes_of_rows, row_count
 from qlazy.memory import trim_heap
 from qlazy.planning.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.reading.chunks import MERGED_BYTES, Chunk, by_device, is_matrix, merge, plan_chunks, slot_bytes, take_turns
@@ -151,7 +151,8 @@ class Stream:
         if isinstance(info, PackedTensor):
             values = read_whole(self._files, info, *span)
             return values.view(info.shape) if values.shape[0] == row_count(info.shape) else values
-        per_row, rows = info.nbytes // max(1, row_count(info.shape)), span[1] - span[0]
-        (slot,) = make_ring(1, per_row * rows)
-        values = decode(self._files.read([info], info.offset + per_row * span[0], per_row * rows, slot), info, rows)
+        # In bytes of all rows, not of one: those of a vector in GGUF's block types are less than a byte.
+        rows, skipped, nbytes = span[1] - span[0], bytes_of_rows(info, 0, span[0]), bytes_of_rows(info, *span)
+        (slot,) = make_ring(1, nbytes)
+        values = decode(self._files.read([info], info.offset + skipped, nbytes, slot), info, rows)
         return values.view(info.shape) if rows == row_count(info.shape) else values

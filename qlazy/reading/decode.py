@@ -1,7 +1,8 @@
 """Stored bytes to tensors: a view where torch has the dtype, new values where it is one of GGUF's block types.
 
 The `gguf` package dequantizes every type, with numpy and some 24 bytes of work for each element. The types that most files are
-of (Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, and gpt-oss's MXFP4) are decoded here, in pieces that stay in the cache, to the same values bit for bit.
+of (Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, and gpt-oss's MXFP4) are decoded here, in pieces that stay in the cache, to the same
+values bit for bit.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:
     import gguf
 
     try:
-        values = gguf.dequantize(data.numpy().reshape(rows, -1), gguf.GGMLQuantizationType[info.dtype])
+        values = gguf.dequantize(data.numpy().reshape(rows if len(shape) > 1 else 1, -1), gguf.GGMLQuantizationType[info.dtype])
     except (KeyError, NotImplementedError, ValueError) as error:
         raise CorruptCheckpoint(
             f"{info.path.name}: tensor {info.name!r} has type {info.dtype}, which cannot be decoded."
