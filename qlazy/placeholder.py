@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights, no_tie_weights
 
 from qlazy.errors import UnsupportedModel
 from qlazy.lazy import LazyReport, lazy_build, materialize, release
 from qlazy.lazy.scan import places
+from qlazy.sources.gguf_config import complete_config, mixture_of
 from qlazy.sources.source import Source
 
 logger = logging.getLogger(__name__)
@@ -134,9 +135,15 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
         UnsupportedModel: transformers does not know the model type, or refuses the config.
     """
     assert source.folder is not None, "weights cannot be loaded from a source that was opened for its headers only"
-    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, **options)
+        if source.gguf_file:
+            theirs: dict[str, Any] = {}
+            if (mixture := mixture_of(source.config)) is None or not mixture.told_here:
+                theirs, _ = PretrainedConfig.get_config_dict(source.folder, gguf_file=source.gguf_file)
+            told = complete_config(theirs, source.config)
+            config = CONFIG_MAPPING[told["model_type"]].from_dict(told)
+        else:
+            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config class may fail in any way over values it does not expect
         kind = source.config.get("model_type")
         raise UnsupportedModel(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from qlazy.errors import UnsupportedModel
 from qlazy.layers.quant_linear import ROW_BLOCK
 from qlazy.matching.fill import Fill, straight_fill
+from qlazy.matching.gguf_experts import expert_fills
 from qlazy.sources.source import Source, TensorInfo
 
 
@@ -26,21 +28,27 @@ def match_gguf(model: PreTrainedModel, source: Source, state: dict[str, Tensor])
     Returns:
         The fills, and the names of tensors that have no place.
     Raises:
-        UnsupportedModel: fused experts, or an architecture whose names are not known.
+        UnsupportedModel: an architecture whose names are not known, or whose experts are not.
+        CorruptCheckpoint: experts of other shapes than the model's.
     """
     import numpy as np
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
     arch = str(source.config.get("model_type"))
     processor: Any = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=model.config.to_dict())  # type: ignore[no-untyped-call]
-    names = _gguf_names(model, processor, arch, state)
-    fills, leftover = [], []
+    fills = expert_fills(model, source, state)
+    taken = {info.name for fill in fills for info in fill.sources}
+    filled = {target for fill in fills for target in fill.targets}
+    names = _gguf_names(model, processor, arch, [name for name in state if name not in filled])
+    leftover = []
     for key, info in source.tensors.items():
+        if key in taken:
+            continue
         target = names.get(key)
         known = target is not None and target in state
-        if len(info.shape) > 2 and (known or "_exps" in key):
+        if len(info.shape) > 2 and known:
             raise UnsupportedModel(
-                f"{info.path.name}: {key!r} has {len(info.shape)} dimensions; fused experts in GGUF files are not read.",
+                f"{info.path.name}: {key!r} has {len(info.shape)} dimensions; such tensors in GGUF files are not read.",
                 hint="Use the model's safetensors files.",
             )
         if target is None or not known:
@@ -64,8 +72,8 @@ def match_gguf(model: PreTrainedModel, source: Source, state: dict[str, Tensor])
     return fills, leftover
 
 
-def _gguf_names(model: PreTrainedModel, processor: Any, arch: str, state: dict[str, Tensor]) -> dict[str, str]:
-    """The model's name of every tensor that llama.cpp names, in one pass over the state.
+def _gguf_names(model: PreTrainedModel, processor: Any, arch: str, wanted: Sequence[str]) -> dict[str, str]:
+    """The model's name of every tensor that llama.cpp names, in one pass over those that are wanted.
 
     Where that leaves a name out, transformers' own walk over all submodules, which takes seconds for a deep model.
     """
@@ -76,12 +84,14 @@ def _gguf_names(model: PreTrainedModel, processor: Any, arch: str, state: dict[s
     names: dict[str, str] = {}
     if arch in known:
         table = get_tensor_name_map(known[arch], model.config.get_text_config().num_hidden_layers)
-        for name in state:
+        for name in wanted:
             path, _, leaf = name.rpartition(".")
             gguf_name = table.get_name(path) if leaf in ("weight", "bias") else table.get_name(name)
             if gguf_name is not None:
                 names[f"{gguf_name}.{leaf}" if leaf in ("weight", "bias") else gguf_name] = name
-    if len(names) < len(state):
+                # A parameter that is no layer's weight (gpt-oss's sinks) is called one all the same in some files.
+                names.setdefault(f"{gguf_name}.weight", name)
+    if not {*wanted} <= {*names.values()}:
         try:
             walked: dict[str, str] = get_gguf_hf_weights_map(model, processor)
         except NotImplementedError as error:

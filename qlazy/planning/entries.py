@@ -14,6 +14,7 @@ from qlazy.planning.data import Entry
 from qlazy.planning.demand import buffers, layer_count, text_config
 from qlazy.planning.experts import expert_count, is_flat_stack, stack_experts
 from qlazy.planning.recipe import guess_kind
+from qlazy.sources.gguf_config import MIXTURES, require_known_experts
 from qlazy.sources.packed import PackedTensor, read_whole_at_once
 from qlazy.sources.quantized import METHODS, quant_method, quantization
 from qlazy.sources.source import Source, TensorInfo
@@ -142,7 +143,9 @@ def conversion_bytes(source: Source) -> int:
     for t in source.tensors.values():
         if guess_kind(t.name, t.shape) != "experts":
             continue
-        if len(t.shape) == 3 or is_flat_stack(t.name, source.config):
+        if source.kind == "gguf":
+            whole.append(_expert_bytes(t, source.config))
+        elif len(t.shape) == 3 or is_flat_stack(t.name, source.config):
             # One expert: where it is stored the other way round it is turned.
             whole.append(_held_bytes(t) // max(1, t.shape[0] if len(t.shape) == 3 else expert_count(source.config)))
         elif t.shape[0] % _ROW_BLOCK:
@@ -155,13 +158,24 @@ def _held_bytes(t: TensorInfo) -> int:
     return t.nbytes + math.prod(t.shape) * ITEMSIZE.get(t.dtype, 4) if isinstance(t, PackedTensor) else t.nbytes
 
 
+def _expert_bytes(t: TensorInfo, config: Mapping[str, Any]) -> int:
+    """Bytes of one expert of a stack in a GGUF file where it is decoded as a whole; of a gate with those of its up."""
+    if len(t.shape) != 3:
+        return 0
+    experts, rows, columns = t.shape
+    mixture = MIXTURES.get(str(config.get("model_type")))
+    if experts == 0 or not ((mixture is not None and mixture.turned) or ("down" not in t.name and rows % _ROW_BLOCK)):
+        return 0
+    return (1 if "down" in t.name else 2) * max(t.nbytes // experts, rows * columns * ITEMSIZE["float32"])
+
+
 def require_unquantized(source: Source) -> None:
-    """Refuse a checkpoint that is quantized in a way that is not read, and experts that a GGUF file fuses.
+    """Refuse a checkpoint that is quantized in a way that is not read, and a GGUF file with experts of which that is so.
 
     Args:
         source: An opened source.
     Raises:
-        UnsupportedModel: with the name of the method, or of the first tensor of fused experts or in eight-bit floats.
+        UnsupportedModel: with the name of the method, or of the first tensor of such experts or in eight-bit floats.
     """
     hint = "Name the original model in 16 bits."
     said = quantization(source.config)
@@ -172,12 +186,7 @@ def require_unquantized(source: Source) -> None:
             hint=hint,
         )
     if source.kind == "gguf":
-        for t in source.tensors.values():
-            if "_exps" in t.name and len(t.shape) > 2:
-                raise UnsupportedModel(
-                    f"{t.path.name}: {t.name!r} has {len(t.shape)} dimensions; fused experts in GGUF files are not read.",
-                    hint="Use the model's safetensors files.",
-                )
+        require_known_experts(str(source.config.get("model_type")), source.tensors.values())
         return
     for t in source.tensors.values():
         if t.dtype.startswith("float8"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,24 +38,6 @@ TORCH_NAMES = {
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 """struct formats of metadata values by type number; 8 is a string, 9 an array."""
 
-CONFIG_KEYS = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "context_length": "max_position_embeddings",
-    "rope.freq_base": "rope_theta",
-    "vocab_size": "vocab_size",
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-}
-"""Metadata keys without the architecture's prefix: the hub's name in config.json."""
-
 MAX_DIMS = 4
 """Most dimensions of a ggml tensor."""
 
@@ -78,29 +59,39 @@ class EndOfBuffer(Exception):
     """The header goes on after the bytes at hand; internal, for a caller that can get more."""
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Read the metadata and tensor index of a GGUF file.
+@dataclass(frozen=True, kw_only=True)
+class GgufHeader:
+    """What stands before the data of one file."""
+
+    metadata: dict[str, Any]
+    """By key; long arrays as `Vocabulary`."""
+    tensors: dict[str, TensorInfo]
+    """In file order."""
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read the metadata and tensor index of one GGUF file, which may be a part of a model.
 
     Args:
         path: The file.
 
     Returns:
-        A configuration with the hub's names, as far as the metadata tells it, and the tensors in file order.
+        Its header.
 
     Raises:
         CorruptCheckpoint: If the file is no GGUF file or contradicts itself.
         IncompleteCheckpoint: If it ends before its header or one of its tensors does.
-        UnsupportedModel: If it is of an old or big-endian version, one of several parts, or of a type that is not known.
+        UnsupportedModel: If it is of an old or big-endian version, or of a type that is not known.
 
     Memory: the metadata without its vocabulary; the file is mapped, not read.
     """
     if path.stat().st_size == 0:
         raise IncompleteCheckpoint(f"{path.name}: the file is empty", hint=_CUT)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-        return parse_gguf(buffer, file=path.name, file_size=len(buffer), path=path)
+        return parse_gguf_header(buffer, file=path.name, file_size=len(buffer), path=path)
 
 
-def parse_gguf(buffer: Buffer, *, file: str, file_size: int, path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def parse_gguf_header(buffer: Buffer, *, file: str, file_size: int, path: Path) -> GgufHeader:
     """Check the head of a GGUF file, whether mapped from disk or fetched by range request.
 
     Args:
@@ -110,26 +101,17 @@ def parse_gguf(buffer: Buffer, *, file: str, file_size: int, path: Path) -> tupl
         path: What `TensorInfo.path` shall be.
 
     Returns:
-        Configuration and tensors, as `read_gguf`.
+        The header.
 
     Raises:
         EndOfBuffer: If the header goes on after the buffer.
         CorruptCheckpoint: If the header contradicts itself or the file.
-        UnsupportedModel: As `read_gguf`.
+        UnsupportedModel: As `read_gguf_header`.
 
     Memory: the metadata without its vocabulary.
     """
-    head = _Head(buffer, file=file, file_size=file_size)
-    metadata, tensors = head.read(path)
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture:
-        raise CorruptCheckpoint(f"{file}: the metadata has no 'general.architecture'", hint="Is it a model?")
-    parts = metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        raise UnsupportedModel(
-            f"{file} is one of {parts} parts", hint="Join them first: llama-gguf-split --merge FIRST OUT.gguf"
-        )
-    return _config(architecture, metadata, tensors), tensors
+    metadata, tensors = _Head(buffer, file=file, file_size=file_size).read(path)
+    return GgufHeader(metadata=metadata, tensors=tensors)
 
 
 class _Head:
@@ -268,19 +250,6 @@ class _Head:
 
     def corrupt(self, message: str) -> NoReturn:
         raise CorruptCheckpoint(f"{self.file}: {message}", hint=_CUT)
-
-
-def _config(architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    config: dict[str, Any] = {"model_type": architecture}
-    for key, name in CONFIG_KEYS.items():
-        value = metadata.get(f"{architecture}.{key}")
-        if value is not None and not isinstance(value, Vocabulary):
-            config[name] = value
-    words = metadata.get("tokenizer.ggml.tokens")
-    if "vocab_size" not in config and isinstance(words, Vocabulary | list):
-        config["vocab_size"] = words.length if isinstance(words, Vocabulary) else len(words)
-    config["tie_word_embeddings"] = "output.weight" not in tensors
-    return config
 
 
 def _align(offset: int, alignment: int) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlazy.errors import CorruptCheckpoint, HubUnreachable, IncompleteCheckpoint, ModelNotFound, QlazyError, UnsupportedModel
-from qlazy.sources.gguf import EndOfBuffer, parse_gguf
+from qlazy.sources.gguf import EndOfBuffer, GgufHeader, parse_gguf_header, read_gguf_header
+from qlazy.sources.gguf_parts import join_gguf, models_among, part_names, require_parts
 from qlazy.sources.hub_client import Progress, Repository
 from qlazy.sources.index import INDEX_FILE, join_shards, listing, pick_weights, read_index
 from qlazy.sources.safetensors import TensorInfo, header_nbytes, load_json, parse_header, read_header
@@ -100,7 +101,7 @@ def fetch(
 
 
 def _pick(repo: Repository, file: str | None) -> str:
-    ggufs = [name for name in repo.sizes if name.endswith(".gguf")]
+    ggufs = models_among(name for name in repo.sizes if name.endswith(".gguf"))
     if file is not None:
         if file not in repo.sizes:
             raise ModelNotFound(f"{repo.id} has no file {file}; its GGUF files: {listing(ggufs)}")
@@ -149,13 +150,23 @@ def _header(repo: Repository, shard: str) -> dict[str, TensorInfo]:
 
 
 def _gguf(repo: Repository, name: str, *, headers_only: bool, on_progress: Progress | None) -> Found:
-    if not headers_only or repo.in_cache(name) is not None:
-        return Found(commit=repo.commit, path=repo.download_all([name], on_progress=on_progress)[name])
+    parts = part_names(name)
+    require_parts(parts, repo.sizes, where=f"{repo.id} on the hub")
+    if not headers_only or all(repo.in_cache(part) is not None for part in parts):
+        return Found(commit=repo.commit, path=repo.download_all(parts, on_progress=on_progress)[parts[0]])
+    headers = repo.each(lambda part: _gguf_header(repo, part), parts)
+    config, tensors = join_gguf({part: headers[part] for part in parts})
+    return Found(commit=repo.commit, kind="gguf", config=config, tensors=tensors)
+
+
+def _gguf_header(repo: Repository, name: str) -> GgufHeader:
+    cached = repo.in_cache(name)
+    if cached is not None:
+        return read_gguf_header(cached)
     for count in GGUF_BYTES:
         raw, size = repo.first_bytes(name, count)
         with contextlib.suppress(EndOfBuffer):
-            config, tensors = parse_gguf(raw, file=f"{repo.id}/{name}", file_size=size, path=Path(name))
-            return Found(commit=repo.commit, kind="gguf", config=config, tensors=tensors)
+            return parse_gguf_header(raw, file=f"{repo.id}/{name}", file_size=size, path=Path(name))
     raise CorruptCheckpoint(f"{repo.id}/{name}: the header is longer than {GGUF_BYTES[-1]:,} bytes")
 
 
@@ -168,13 +179,14 @@ def _cached(repo: Repository, file: str | None, *, because: str) -> Found:
         )
     files = {entry.name for entry in folder.iterdir() if entry.is_file()}
     weights = file or pick_weights(files, where=str(folder))
-    wanted = {file} if file else {"config.json"}
+    wanted = set(part_names(file)) if file else {"config.json"}
     if weights == INDEX_FILE:
         wanted |= set(read_index((folder / INDEX_FILE).read_bytes(), file=INDEX_FILE).values())
     elif weights is None:
         wanted = wanted - files or {"*.safetensors"}
-        if any(name.endswith(".gguf") for name in files):
-            wanted = set()
+        ggufs = models_among(name for name in files if name.endswith(".gguf"))
+        if ggufs:
+            wanted = set(part_names(ggufs[0]) if len(ggufs) == 1 else ())
     if not wanted <= files:
         raise HubUnreachable(
             f"{repo.id} is in the cache only in part: {listing(wanted - files)} not in {folder}, and {because}",

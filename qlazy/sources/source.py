@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from qlazy.configs import Alias, aliases
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, ModelNotFound, QlazyError, UnsupportedModel, UsageError
-from qlazy.sources.gguf import read_gguf
+from qlazy.sources.gguf_parts import models_among, part_names, read_gguf
 from qlazy.sources.index import CONVERT, INDEX_FILE, PICKLES, join_shards, listing, pick_weights, read_index
 from qlazy.sources.quantized import join_parts
 from qlazy.sources.safetensors import TensorInfo, load_json, read_header, short
@@ -46,7 +46,7 @@ class Source:
     folder: Path | None
     """Local folder with config.json and tokenizer, for GGUF that of the file; None when only headers were fetched."""
     gguf_file: str | None
-    """Name of the GGUF file in `folder`."""
+    """Name of the GGUF file in `folder`; of several parts the first, which has the metadata."""
     config: dict[str, Any]
     """config.json as it is; for GGUF what its metadata tells, under the hub's names."""
     tensors: dict[str, TensorInfo]
@@ -159,6 +159,7 @@ def _open_path(
         else:
             gguf_file = gguf_file or _only_gguf(folder)
             config, tensors = _read_file(folder / gguf_file) if gguf_file else _read_folder(folder)
+            gguf_file = part_names(gguf_file)[0] if gguf_file else None
     except QlazyError:
         raise
     except OSError as error:
@@ -188,7 +189,7 @@ def _files(folder: Path) -> set[str]:
 
 def _only_gguf(folder: Path) -> str | None:
     files = _files(folder)
-    ggufs = [name for name in files if name.endswith(".gguf")]
+    ggufs = models_among(name for name in files if name.endswith(".gguf"))
     if not ggufs or pick_weights(files, where=str(folder)) is not None:
         return None
     if len(ggufs) > 1:

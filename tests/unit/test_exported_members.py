@@ -77,6 +77,8 @@ TORCH_FREE = [
     "qlazy.saving.shards",
     "qlazy.sizes",
     "qlazy.sources.gguf",
+    "qlazy.sources.gguf_config",
+    "qlazy.sources.gguf_parts",
     "qlazy.sources.hub",
     "qlazy.sources.hub_client",
     "qlazy.sources.hub_errors",

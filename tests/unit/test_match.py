@@ -19,8 +19,6 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
@@ -329,15 +327,6 @@ def test_rows_that_llama_cpp_moved_are_moved_back_within_heads():
 def test_values_that_llama_cpp_changed_are_no_row_order():
     processor = gguf_processor("gemma2")
     assert _row_order(processor, "blk.0.attn_norm.weight", info_of("blk.0.attn_norm.weight", 64)) is None
-
-
-def test_fused_experts_in_gguf_are_refused():
-    config = Qwen2MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8)
-    model = placeholder(Qwen2MoeForCausalLM, config)
-    source = source_of({"token_embd.weight": (32, 16), "blk.0.ffn_down_exps.weight": (4, 16, 8)}, kind="gguf")
-    source.config["model_type"] = "qwen2_moe"
-    with pytest.raises(UnsupportedModel, match=r"'blk\.0\.ffn_down_exps\.weight' has 3 dimensions"):
-        match_tensors(model, source)
 
 
 def test_an_architecture_without_gguf_names_is_refused(mixtral):

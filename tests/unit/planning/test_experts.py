@@ -120,7 +120,7 @@ def test_an_expert_is_called_as_in_the_model():
         assert one.name == "a.experts.down_proj"
 
 
-def test_a_gguf_file_with_fused_experts_is_refused_before_the_load():
+def test_a_gguf_file_with_experts_of_unknown_architecture_is_refused_before_the_load():
     info = TensorInfo(
         name="blk.0.ffn_up_exps.weight", shape=(4, 64, 32), dtype="Q4_0", path=Path("a.gguf"), offset=0, nbytes=4608
     )
@@ -131,10 +131,10 @@ def test_a_gguf_file_with_fused_experts_is_refused_before_the_load():
         kind="gguf",
         folder=None,
         gguf_file="a.gguf",
-        config={"model_type": "qwen2_moe", "num_hidden_layers": 1},
+        config={"model_type": "deepseek2", "num_hidden_layers": 1},
         tensors={info.name: info},
     )
-    with pytest.raises(UnsupportedModel, match=r"'blk\.0\.ffn_up_exps\.weight' has 3 dimensions; fused experts in GGUF"):
+    with pytest.raises(UnsupportedModel, match=r"'blk\.0\.ffn_up_exps\.weight' of architecture 'deepseek2': experts of this"):
         entries(source, "bfloat16")
 
 

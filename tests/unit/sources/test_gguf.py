@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint, ModelNotFound, QlazyError, UnsupportedModel
-from qlazy.sources.gguf import GGML_TYPES, TORCH_NAMES, read_gguf
+from qlazy.sources.gguf import GGML_TYPES, TORCH_NAMES
+from qlazy.sources.gguf_parts import read_gguf
 from qlazy.sources.source import open_source
 
 WORDS = [f"word{i}" for i in range(5000)]
@@ -197,5 +198,5 @@ def test_duplicate_tensor_and_swapped_offset(tmp_path: Path) -> None:
         read_gguf(write(("a", "b"), (0, 0)))
     with pytest.raises(CorruptCheckpoint, match=r"general\.alignment 12"):
         read_gguf(write(("a", "b"), (0, 32), {"general.alignment": 12}))
-    with pytest.raises(UnsupportedModel, match="one of 3 parts"):
+    with pytest.raises(UnsupportedModel, match="part 0 of 3, counted from 0, and its name does not tell"):
         read_gguf(write(("a", "b"), (0, 32), {"split.count": 3}))

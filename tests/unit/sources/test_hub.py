@@ -324,6 +324,33 @@ def test_gguf_on_the_hub(hub: Hub, tmp_path: Path) -> None:
         open_source("acme/two-GGUF/c.gguf")
 
 
+def test_gguf_in_parts_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    from tests.unit.sources.test_gguf_parts import part, write
+
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    files = {path.name: path.read_bytes() for path in write(folder / "m.gguf", split_max_tensors=2).iterdir()}
+    hub.repos["acme/parts-GGUF"] = files | {"README.md": b"hello"}
+    for name in ("acme/parts-GGUF", f"acme/parts-GGUF/{part(2)}"):
+        remote = open_source(name, headers_only=True)
+        assert remote.folder is None and len(remote.tensors) == 5 and remote.config["tie_word_embeddings"] is False
+    source = open_source(f"acme/parts-GGUF/{part(3)}")
+    assert source.gguf_file == part(1) and {t.path.name for t in source.tensors.values()} == {part(1), part(2), part(3)}
+    assert source.folder is not None and {*files} == {path.name for path in source.folder.iterdir()}
+    for name in ("acme/parts-GGUF", f"acme/parts-GGUF/{part(2)}"):
+        assert open_source(name, local_files_only=True).tensors == source.tensors
+        assert open_source(name, headers_only=True).tensors == source.tensors  # of the cache
+    (source.folder / part(2)).unlink()
+    for name in ("acme/parts-GGUF", f"acme/parts-GGUF/{part(1)}"):
+        with pytest.raises(HubUnreachable, match=f"in the cache only in part: {part(2)}"):
+            open_source(name, local_files_only=True)
+        assert len(open_source(name, headers_only=True).tensors) == 5  # of the cache and of the hub
+    del hub.repos["acme/parts-GGUF"][part(2)]
+    for name in ("acme/parts-GGUF", f"acme/parts-GGUF/{part(1)}"):
+        with pytest.raises(IncompleteCheckpoint, match=f"1 of 3 parts of this model are missing: {part(2)}"):
+            open_source(name)
+
+
 def test_gguf_header_longer_than_the_first_request(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.unit.sources.test_gguf import write_gguf
 

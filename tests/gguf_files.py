@@ -1,0 +1,173 @@
+"""GGUF files of tiny mixtures of experts, as llama.cpp's converter lays them out, and the values that they hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+BASE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
+
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("llama", "Mixtral", {"num_local_experts": 4, "rope_parameters": ROPE}),
+    "qwen2_moe": (
+        "qwen2moe",
+        "Qwen2Moe",
+        {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    ),
+    # An expert's gate ends within a block of 64 rows, and heads are wider than the hidden size has room for.
+    "qwen3_moe": (
+        "qwen3moe",
+        "Qwen3Moe",
+        {"num_experts": 4, "moe_intermediate_size": 96, "head_dim": 32, "norm_topk_prob": True},
+    ),
+    # Gate and up alternate, all is turned, with biases and sinks.
+    "gpt_oss": (
+        "gpt-oss",
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "rope_parameters": {**YARN, "rope_theta": 10000.0, "truncate": False},
+        },
+    ),
+    "minimax_m2": ("minimax-m2", "MiniMaxM2", {"num_local_experts": 4, "head_dim": 16}),
+}
+"""By transformers' name: llama.cpp's, the class, and options."""
+
+
+def build(family: str, **more: Any) -> PreTrainedModel:
+    """A tiny model whose experts differ enough that a wrong one shows."""
+    _, name, options = FAMILIES[family]
+    torch.manual_seed(0)
+    model: PreTrainedModel = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**(BASE | options | more))
+    )
+    with torch.no_grad():
+        for parameter in [*model.parameters(), *(b for n, b in model.named_buffers() if "correction_bias" in n)]:
+            parameter.normal_(0.0, 0.5 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def write(path: Path, model: PreTrainedModel, kinds: dict[str, str], *, one_by_one: bool = False, **splits: Any) -> None:
+    """Write a model as a GGUF file, and give it the values that the file holds.
+
+    Args:
+        path: The file; of several parts the name without their numbers.
+        model: From `build`.
+        kinds: ggml's type by part of llama.cpp's name; F32 for what none is part of.
+        one_by_one: A tensor for each expert, as old files have them.
+        **splits: As `GGUFWriter`'s.
+    """
+    family = model.config.model_type
+    arch = FAMILIES[family][0]
+    writer = gguf.GGUFWriter(path, arch, **splits)
+    _write_config(writer, model.config, arch)
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(known[arch], model.config.num_hidden_layers)
+    for name, held in model.state_dict().items():
+        for key, view in _parts(name, held, table, family, one_by_one):
+            values = view
+            if arch == "llama" and key.endswith(("attn_q.weight", "attn_k.weight")):
+                heads = model.config.num_attention_heads if "attn_q" in key else model.config.num_key_value_heads
+                values = view.view(heads, 2, -1, view.shape[1]).transpose(1, 2).reshape(view.shape)
+            kind = gguf.GGMLQuantizationType[next((k for part, k in kinds.items() if part in key), "F32")]
+            packed = _packed(values.contiguous().numpy(), kind)
+            back = torch.from_numpy(gguf.dequantize(packed, kind)).view(values.shape)
+            if values is not view:
+                heads = model.config.num_attention_heads if "attn_q" in key else model.config.num_key_value_heads
+                back = back.view(heads, -1, 2, view.shape[1]).transpose(1, 2).reshape(view.shape)
+            view.copy_(back)
+            writer.add_tensor(key, packed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _packed(values: Any, kind: gguf.GGMLQuantizationType) -> Any:
+    """Values in a type; of those that the package does not write, any blocks with small scales."""
+    try:
+        return gguf.quantize(values, kind)
+    except NotImplementedError:
+        block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+        random = np.random.default_rng(0)
+        raw = random.integers(0, 256, (*values.shape[:-1], values.shape[-1] // block, nbytes), np.uint8)
+        assert kind.name == "Q4_K"
+        raw[..., :4] = np.array([0.001, 0.01], np.float16).view(np.uint8)
+        return raw.reshape(*values.shape[:-1], -1)
+
+
+def _parts(name: str, held: Tensor, table: Any, family: str, one_by_one: bool) -> list[tuple[str, Tensor]]:
+    """llama.cpp's tensors that one of the model's becomes: names, and views of it."""
+    experts = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?", name)
+    if experts is not None:
+        layer, role, is_bias = experts.groups()
+        if family == "gpt_oss" and not is_bias:
+            held = held.transpose(1, 2)
+        if role == "down":
+            views = {"down": held}
+        elif family == "gpt_oss":
+            views = {"gate": held[:, 0::2], "up": held[:, 1::2]}
+        else:
+            views = dict(zip(("gate", "up"), held.chunk(2, dim=1), strict=True))
+        leaf = "bias" if is_bias else "weight"
+        if one_by_one:
+            return [(f"blk.{layer}.ffn_{part}.{e}.{leaf}", view[e]) for part, view in views.items() for e in range(len(view))]
+        return [(f"blk.{layer}.ffn_{part}_exps.{leaf}", view) for part, view in views.items()]
+    path, _, leaf = name.rpartition(".")
+    if name.endswith("e_score_correction_bias"):
+        return [(f"blk.{name.split('.')[2]}.exp_probs_b.bias", held)]
+    if leaf == "sinks":
+        return [(f"{table.get_name(name)}.weight", held)]
+    if name.endswith("shared_expert_gate.weight"):
+        held = held[0]
+    return [(f"{table.get_name(path)}.{leaf}", held)]
+
+
+def _write_config(writer: gguf.GGUFWriter, config: PretrainedConfig, arch: str) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if arch == "gpt-oss":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
+    if arch == "minimax-m2":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
