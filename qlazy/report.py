@@ -119,7 +119,9 @@ def plan_summary(plan: Plan) -> str:
     for (reason, dtype), kept in unquantized(plan).items():
         lines.append(f"Kept in {dtype}: {_tensors(len(kept))}, {format_bytes(sum(t.nbytes for t in kept))} ({reason}).")
     target, usual = plan.recipe.target, "by what layers like these usually lose"
-    if target is not None and not plan.exact:
+    if not plan.meets_target:
+        lines.append(f"More than a target of {target}, by names in the headers alone; the load asks the model itself.")
+    elif target is not None and not plan.exact:
         lines.append(f"For a target of {target}, {usual}; a load measures it.")
     elif target is not None and (guessed := sum(name not in target.errors for name, _ in plan.recipe.chosen)):
         lines.append(f"For a target of {target}; {_tensors(guessed)} could not be measured and went {usual}.")

@@ -138,6 +138,17 @@ class Plan:
         return all(device.left_bytes >= 0 for device in self.devices)
 
     @property
+    def meets_target(self) -> bool:
+        """Whether it is as small as asked; a plan from names alone may not be where the model itself is."""
+        target = self.recipe.target
+        if target is None:
+            return True
+        if target.nbytes is not None:
+            return self.weight_bytes <= target.nbytes
+        assert target.bpw is not None
+        return round(self.bits_per_weight(), 9) <= target.bpw  # what is exactly met stays so
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights and buffers on all devices."""
         return sum(device.weight_bytes for device in self.devices)

@@ -19,6 +19,7 @@ from qlazy.planning.budget import Budget
 from qlazy.planning.data import Entry, Plan
 from qlazy.planning.plan import allocate, entries, make_plan, to_json
 from qlazy.planning.recipe import Kind, Recipe, make_recipe
+from qlazy.planning.target import Target
 from qlazy.report import plan_summary
 from qlazy.save_api import save_recipe
 from qlazy.sources.source import Source, TensorInfo
@@ -93,7 +94,9 @@ def test_bits_per_weight_are_met_to_one_step_and_never_exceeded(bpw, symmetric):
     quantized = [tensor for tensor in plan.tensors if tensor.format is not None]
     weights = sum(math.prod(tensor.shape) for tensor in quantized)
     nbytes = sum(tensor.nbytes for tensor in quantized)
-    assert 8 * nbytes <= bpw * weights
+    assert 8 * nbytes <= bpw * weights and plan.meets_target
+    smaller = dataclasses.replace(plan.recipe, target=Target(bpw=plan.bits_per_weight() - 1e-6))
+    assert not dataclasses.replace(plan, recipe=smaller).meets_target
     assert min(next_steps(plan)) > math.floor(bpw * weights / 8) - nbytes
     assert all(tensor.format.symmetric == symmetric for tensor in quantized if isinstance(tensor.format, Int4))
 
@@ -251,12 +254,13 @@ def test_what_names_tell_refuses_a_plan_but_not_a_load():
     with pytest.raises(DoesNotFit, match="weights, by their names, take"):
         make_plan(llama(), recipe, ROOMY)
     plan = make_plan(llama(), recipe, ROOMY, patient=True)
-    assert set(formats(plan).values()) == {Int4(group_size=128)}
+    assert set(formats(plan).values()) == {Int4(group_size=128)} and not plan.meets_target
+    assert "More than a target of 2.5 MiB, by names" in plan_summary(plan)
     with pytest.raises(DoesNotFit) as caught:
         allocate(entries(llama(), "bfloat16"), llama(), recipe, ROOMY, dtype="bfloat16", exact=True, patient=True)
     assert "by their names" not in caught.value.message
     met = allocate(entries(llama(layers=2), "bfloat16"), llama(), plan.recipe, ROOMY, dtype="bfloat16", exact=True)
-    assert met.weight_bytes <= 2.5 * (1 << 20)
+    assert met.weight_bytes <= 2.5 * (1 << 20) and met.meets_target
 
 
 def test_a_loaded_models_plan_says_how_many_weights_were_not_measured():
