@@ -41,7 +41,9 @@ def make_target(target_size: str | int | None, target_bpw: float | None) -> Targ
         UsageError: both are given, or one that no model can have.
     """
     if target_size is not None and target_bpw is not None:
-        raise UsageError("target_size and target_bpw are two ways to say one thing.", hint="Give one of them; a recipe file counts too.")
+        raise UsageError(
+            "target_size and target_bpw are two ways to say one thing.", hint="Give one of them; a recipe file counts too."
+        )
     if target_size is not None:
         if isinstance(target_size, bool) or not isinstance(target_size, str | int):
             raise UsageError(f"target_size is {target_size!r}; it is bytes or a size.", hint="E.g. --target-size 5GiB.")
