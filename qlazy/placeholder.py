@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights, no_tie_weights
 from qlazy.errors import UnsupportedModel
 from qlazy.lazy import LazyReport, lazy_build, materialize, release
 from qlazy.lazy.scan import places
-from qlazy.sources.gguf_config import complete_config, mixture_of
+from qlazy.sources.gguf_config import complete_config, mixture_config
 from qlazy.sources.source import Source
 
 logger = logging.getLogger(__name__)
@@ -137,10 +137,10 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
     assert source.folder is not None, "weights cannot be loaded from a source that was opened for its headers only"
     try:
         if source.gguf_file:
-            theirs: dict[str, Any] = {}
-            if (mixture := mixture_of(source.config)) is None or not mixture.told_here:
+            told = mixture_config(source.config)
+            if told is None:
                 theirs, _ = PretrainedConfig.get_config_dict(source.folder, gguf_file=source.gguf_file)
-            told = complete_config(theirs, source.config)
+                told = complete_config(theirs, source.config)
             config = CONFIG_MAPPING[told["model_type"]].from_dict(told)
         else:
             config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)

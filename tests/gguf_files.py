@@ -54,7 +54,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "rope_theta": 10000.0, "truncate": False},
         },
     ),
-    "minimax_m2": ("minimax-m2", "MiniMaxM2", {"num_local_experts": 4, "head_dim": 16}),
+    # Half of each head is rotated, and experts are chosen with a bias.
+    "minimax_m2": (
+        "minimax-m2",
+        "MiniMaxM2",
+        {"num_local_experts": 4, "head_dim": 16, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
+    ),
 }
 """By transformers' name: llama.cpp's, the class, and options."""
 
@@ -158,7 +163,7 @@ def _write_config(writer: gguf.GGUFWriter, config: PretrainedConfig, arch: str) 
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1)))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)

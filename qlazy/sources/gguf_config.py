@@ -1,14 +1,15 @@
 """What the metadata of a GGUF file tells of a model, under the hub's names; and which mixtures of experts are known.
 
-transformers reads the metadata too, but neither how wide experts are nor how positions are scaled; it sees the tensors of the
-first part only, and takes a Mixtral for a Llama. `complete_config` puts that right.
+transformers reads the metadata too, but sees the tensors of the first part only, and not how positions are scaled. Of mixtures
+it does not read how wide experts are, takes Mixtral for Llama, fails over gpt-oss, and takes ten seconds for the vocabulary:
+their whole config is told here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlazy.errors import CorruptCheckpoint, UnsupportedModel
@@ -57,17 +58,17 @@ class Mixture:
     """Key for the rows of an expert's gate."""
     turned: bool = False
     """Whether its model holds experts the other way round than the file, so that one is turned as a whole."""
-    told_here: bool = False
-    """Whether `config_of` says all that its config class needs; transformers 5.23 fails over the metadata of gpt-oss."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """What llama.cpp takes for granted and the config class does not."""
 
 
 MIXTURES = {
     "llama": Mixture(model_type="mixtral", experts="num_local_experts", width="intermediate_size"),
     "qwen2moe": Mixture(model_type="qwen2_moe", experts="num_experts", width="moe_intermediate_size"),
-    "qwen3moe": Mixture(model_type="qwen3_moe", experts="num_experts", width="moe_intermediate_size"),
-    "gpt-oss": Mixture(
-        model_type="gpt_oss", experts="num_local_experts", width="intermediate_size", turned=True, told_here=True
+    "qwen3moe": Mixture(
+        model_type="qwen3_moe", experts="num_experts", width="moe_intermediate_size", fixed={"norm_topk_prob": True}
     ),
+    "gpt-oss": Mixture(model_type="gpt_oss", experts="num_local_experts", width="intermediate_size", turned=True),
     "minimax-m2": Mixture(model_type="minimax_m2", experts="num_local_experts", width="intermediate_size"),
 }
 """Mixtures of experts that are read, by llama.cpp's name of the architecture."""
@@ -107,6 +108,8 @@ def config_of(header: GgufHeader, *, file: str) -> dict[str, Any]:
     if scaling in ("linear", "yarn"):
         told = {name: metadata.get(f"{architecture}.rope.scaling.{key}") for key, name in SCALING_KEYS.items()}
         config["rope_scaling"] = {"rope_type": scaling} | {name: value for name, value in told.items() if value is not None}
+    if architecture == "minimax-m2" and (turned := metadata.get("minimax-m2.rope.dimension_count")):
+        config["rotary_dim"] = turned
     return config | _experts_of(config, tensors)
 
 
@@ -139,7 +142,7 @@ def require_known_experts(architecture: str, tensors: Iterable[TensorInfo]) -> N
     """
     for info in tensors:
         known = EXPERTS.fullmatch(info.name)
-        if (known and architecture not in MIXTURES) or ("_exps." in info.name and not known):
+        if (known and architecture not in MIXTURES) or ("exps." in info.name and not known):
             what = "experts of this architecture" if known else "such tensors of experts"
             raise UnsupportedModel(
                 f"{info.path.name}: {info.name!r} of architecture {architecture!r}: {what} are not read from GGUF files; those "
@@ -148,38 +151,43 @@ def require_known_experts(architecture: str, tensors: Iterable[TensorInfo]) -> N
             )
 
 
-def mixture_of(config: Mapping[str, Any]) -> Mixture | None:
-    """Which mixture a GGUF file holds.
+def mixture_config(told: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config of a mixture of experts.
 
     Args:
-        config: From `config_of`.
+        told: What `config_of` says.
     Returns:
-        None for a model without experts, or with such that are not known.
+        Keys for the config class of the `model_type` in it; None for a model without experts, or with such that are not known.
     """
-    return MIXTURES.get(config["model_type"]) if "moe_intermediate_size" in config else None
+    mixture = MIXTURES.get(told["model_type"]) if "moe_intermediate_size" in told else None
+    if mixture is None:
+        return None
+    ours = {key: value for key, value in told.items() if key not in ("num_experts", "moe_intermediate_size")}
+    ours |= {mixture.width: told["moe_intermediate_size"], mixture.experts: told["num_experts"], **mixture.fixed}
+    return _scaled(ours | {"model_type": mixture.model_type}, told)
 
 
 def complete_config(theirs: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as transformers makes it from the first file, with what that leaves out.
+    """The config of any other model.
 
     Args:
-        theirs: transformers' own.
+        theirs: As transformers makes it from the first part.
         told: What `config_of` says.
     Returns:
         Keys for the config class of the `model_type` in it.
     """
-    architecture, made = told["model_type"], dict(theirs)
-    if not told["tie_word_embeddings"] and architecture not in _ALWAYS_TIED:
+    made = dict(theirs)
+    if not told["tie_word_embeddings"] and told["model_type"] not in _ALWAYS_TIED:
         made["tie_word_embeddings"] = False  # the head may lie in another part than the first
-    mixture = mixture_of(told)
-    if mixture is not None:
-        ours = {key: value for key, value in told.items() if key not in ("model_type", "num_experts", "moe_intermediate_size")}
-        ours |= {mixture.width: told["moe_intermediate_size"], mixture.experts: told["num_experts"]}
-        made |= ours | {"model_type": mixture.model_type}
-    if "rope_scaling" in told:
-        # gpt-oss does not round where its frequencies begin to be scaled; llama.cpp's metadata has no word for it.
-        rope = told["rope_scaling"] | ({"truncate": False} if architecture == "gpt-oss" else {})
-        theta = made.pop("rope_theta", told.get("rope_theta"))
-        made["rope_parameters"] = rope | ({"rope_theta": theta} if theta is not None else {})
-        made.pop("rope_scaling", None)
-    return made
+    return _scaled(made, told)
+
+
+def _scaled(config: dict[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """With positions scaled as the metadata says."""
+    if "rope_scaling" not in told:
+        return config
+    # gpt-oss does not round where its frequencies begin to be scaled; llama.cpp's metadata has no word for it.
+    rope = told["rope_scaling"] | ({"truncate": False} if told["model_type"] == "gpt-oss" else {})
+    kept = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    theta = config.get("rope_theta", told.get("rope_theta"))
+    return kept | {"rope_parameters": rope | ({"rope_theta": theta} if theta is not None else {})}
