@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qlazy import native
 from qlazy.errors import UsageError
 from qlazy.finish import finish
 from qlazy.layers.storage import taken_ahead
@@ -35,7 +36,7 @@ from qlazy.planning.kept import keep
 from qlazy.planning.plan import GPU_CHUNK_BYTES, GPU_RING_BYTES, RING_BYTES, Plan, make_plan
 from qlazy.planning.recipe import Recipe
 from qlazy.random_init import Drawn, build_reference, match_drawn, with_tensors
-from qlazy.reading.chunks import CACHED_BYTES, worker_count
+from qlazy.reading.chunks import CACHED_BYTES, host_chunk_bytes, worker_count
 from qlazy.reading.staging import open_gpus
 from qlazy.reopening.reopen import reopen
 from qlazy.report import LoadReport, Progress
@@ -147,8 +148,9 @@ def load(
             clock.lap("build")
             placer = Placer(model, plan)
         place = placer.place if trace is None else trace.placing(placer.place, plan)
-        chunk_bytes, ring_bytes = (GPU_CHUNK_BYTES, GPU_RING_BYTES) if gpus else (CACHED_BYTES, RING_BYTES)
-        workers = worker_count(match.fills, chunk_bytes, ring_bytes)
+        least_bytes, ring_bytes = (GPU_CHUNK_BYTES, GPU_RING_BYTES) if gpus else (CACHED_BYTES, RING_BYTES)
+        workers = worker_count(match.fills, least_bytes, ring_bytes)
+        chunk_bytes = least_bytes if gpus else host_chunk_bytes(workers, compiled=native.library() is not None)
         devices = plan.device_map if gpus else {}
         reading: Stream | Drawn = (
             Stream(match.fills, place, workers, drop_page_cache, trace, chunk_bytes, ring_bytes, devices)

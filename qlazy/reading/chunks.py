@@ -20,7 +20,7 @@ from qlazy.sources.source import TensorInfo
 T = TypeVar("T")
 
 CACHED_BYTES = 2 << 20
-"""Chunk of a load to the host: with what it becomes it stays in a second-level cache of 2 MiB."""
+"""Chunk of a load to the host, at least: with what it becomes it stays in a second-level cache of 2 MiB."""
 
 MERGED_BYTES = 128 << 10
 """Room of a slot beyond its chunk, for small neighbours that are read with it."""
@@ -84,6 +84,21 @@ def worker_count(fills: tuple[Fill, ...], chunk_bytes: int = CACHED_BYTES, ring_
     widest = max((_stripe(fill) for fill in fills if fill.convert is None), default=1)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(2, min(processors + 2, 16, ring_bytes // max(1, chunk_bytes, widest)))
+
+
+def host_chunk_bytes(workers: int, *, compiled: bool) -> int:
+    """Bytes of a chunk of a load to the host.
+
+    Whatever its size, a chunk costs a third of a millisecond of Python. Compiled quantizers go through it row by row, so that a
+    large one does them no harm; others make several copies of it.
+
+    Args:
+        workers: How many there are.
+        compiled: Whether quantizers are.
+    Returns:
+        2 MiB or more: up to half the ring together, as what GGUF's block types become lies beside it.
+    """
+    return max(CACHED_BYTES, min(CHUNK_BYTES, RING_BYTES // 2 // workers)) if compiled else CACHED_BYTES
 
 
 def plan_chunks(fills: tuple[Fill, ...], limit: int) -> Iterator[Chunk]:

@@ -86,7 +86,7 @@ def test_experts_come_in_pieces(tmp_path: Path, name: str, monkeypatch: pytest.M
     wanted = tensors(qlazy.load_quantized(tmp_path / "eager", **options))
     pieces: list[tuple[str, int]] = []
     place = Placer.place
-    monkeypatch.setattr("qlazy.load.CACHED_BYTES", 64 * 64 * 2)
+    monkeypatch.setattr("qlazy.load.host_chunk_bytes", lambda workers, compiled: 64 * 64 * 2)
 
     def placed(self: Placer, chunk: Any, values: list[torch.Tensor]) -> None:
         pieces.append((chunk.fill.targets[0], values[0].nbytes))

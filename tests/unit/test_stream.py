@@ -26,7 +26,7 @@ from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.matching.fill import Fill, row_count
 from qlazy.planning.plan import CHUNK_BYTES, RING_BYTES
 from qlazy.reading import files
-from qlazy.reading.chunks import GAP_BYTES, Chunk, merge, plan_chunks, slot_bytes, worker_count
+from qlazy.reading.chunks import CACHED_BYTES, GAP_BYTES, Chunk, host_chunk_bytes, merge, plan_chunks, slot_bytes, worker_count
 from qlazy.sources.source import TensorInfo
 from qlazy.stream import Stream
 
@@ -184,6 +184,13 @@ def test_the_ring_holds_its_bytes_where_64_rows_fit_in_half_of_it(columns, rows)
     if 2 * columns * min(rows, 64) <= RING_BYTES // 2:
         assert workers * slot <= RING_BYTES
     assert slot <= max(CHUNK_BYTES, 128 * columns)
+
+
+@given(workers=st.integers(2, 16))
+def test_chunks_of_a_load_to_the_host_leave_room_for_what_is_decoded(workers):
+    large = host_chunk_bytes(workers, compiled=True)
+    assert CACHED_BYTES <= large <= CHUNK_BYTES and host_chunk_bytes(workers, compiled=False) == CACHED_BYTES
+    assert large == CACHED_BYTES or 2 * workers * large <= RING_BYTES
 
 
 @pytest.mark.parametrize("workers", [1, 3])
