@@ -189,7 +189,17 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 def _brief(run: dict[str, Any]) -> str:
     if "error" in run:
         return f"failed: {run['error']}"
-    keys = ("load_s", "prefill_128", "prefill_512", "decode", "cat_s", "bandwidth", "others_share", "answer_text")
+    keys = (
+        "load_s",
+        "load_again_s",
+        "prefill_128",
+        "prefill_512",
+        "decode",
+        "cat_s",
+        "bandwidth",
+        "others_share",
+        "answer_text",
+    )
     found = {**{key: run[key] for key in keys if key in run}, **{k: v for k, v in run.items() if k.startswith("quantize_")}}
     return ", ".join(f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
 

@@ -22,6 +22,7 @@ def run(contender, round_=0, **values):
 def model_run(contender, round_=0, **values):
     usual = {
         "load_s": 2.0,
+        "load_again_s": 0.5,
         "anonymous_peak_bytes": 800 << 20,
         "total_peak_bytes": 900 << 20,
         "weight_bytes": 700 << 20,
@@ -56,7 +57,7 @@ def test_cells_are_the_median_with_lowest_and_highest():
     runs = [model_run("qlazy-int4", r, load_s=s) for r, s in enumerate((3.0, 1.0, 9.0))]
     row = next(line for line in report.render(result_of(*runs)).splitlines() if line.startswith("| qlazy int4"))
     cells = [cell.strip() for cell in row.split("|")]
-    assert cells[2:6] == ["3.00 (1.00 - 9.00)", "1.33", "700", "800"]
+    assert cells[2:7] == ["3.00 (1.00 - 9.00)", "0.50 (0.50 - 0.50)", "1.33", "700", "800"]
 
 
 def test_load_is_compared_by_medians():

@@ -101,7 +101,7 @@ def test_one_run_from_end_to_end(tiny, tmp_path):
     found = child.call("measure.py", "qlazy-int4", str(given), timeout_s=280)
     assert "error" not in found, found
     assert len(found["answer"]) == 6
-    assert found["load_s"] > 0 and found["prefill_8"] > 0 and found["decode"] > 0
+    assert found["load_s"] > 0 and found["load_again_s"] > 0 and found["prefill_8"] > 0 and found["decode"] > 0
     assert found["token_bytes"] == found["weight_bytes"] - 32000 * 256 * 2
     assert found["weight_bytes"] < found["anonymous_peak_bytes"] + (1 << 20)
     assert found["run_peak_bytes"] >= found["total_peak_bytes"]
