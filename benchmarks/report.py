@@ -172,7 +172,7 @@ def render(result: dict[str, Any]) -> str:
     lines += [
         "",
         "Load again: in the same process, when the first model is gone. What is imported late is there then, and memory too,",
-        "which the host of a virtual machine may give far slower than its own kernel does (below). Peaks are of the first load,",
+        "which the host of a virtual machine may give slower than its own kernel does (below). Peaks are of the first load,",
         "above what the imports took: anonymous memory, and all that is resident with mapped files.",
     ]
     lines += ["llama.cpp loads files that are quantized already; all others read bfloat16 and quantize.", ""]
