@@ -39,13 +39,17 @@ _MERGED = (
 """Layers that vLLM runs as one, and that share a format therefore."""
 
 _BLOCK = re.compile(r"(.*?)(?<![^.])(\d+)\.")
+"""What stands before the first component that is a number, and the number."""
 _ATTENDS = re.compile(
     r"\.([qkv]_proj|query|key|value|attn_[qkv]|w[qkv]|[qkv]|query_key_value|qkv(_proj)?|Wqkv|c_attn|[qk]v?_[ab]_proj\w*)\.weight$"
 )
+"""What attention takes in: queries, keys and values."""
 _DOWN = re.compile(r"(?<!attention)\.(down_proj|w2|fc2|wo|ffn_down|mlp\.c_proj|dense_4h_to_h|output\.dense)(\.weight)?$")
+"""What goes out of the multilayer perceptron; experts have no `.weight`."""
 _UP = re.compile(
     r"\.(gate_proj|up_proj|gate_up_proj|w[13]|fc1|wi(_\d)?|ffn_(gate|up)|c_fc|dense_h_to_4h|intermediate\.dense)(\.weight)?$"
 )
+"""What goes into it."""
 _HEAD = 9.4
 """Weight of an output head for each block of the model: it counts alone, the others in threes. Measured on an embedding that is
 the head too, so that for a head of its own it is a guess.
@@ -70,37 +74,32 @@ def aim(tensors: Sequence[Entry], recipe: Recipe, dtype: str, *, exact: bool = T
     if target is None:
         return recipe
     recipe = dataclasses.replace(recipe, chosen=())
-    groups: dict[str, list[Entry]] = {}
-    rest = packed = weights = 0
-    for entry in tensors:
-        if is_free(entry, recipe):
-            groups.setdefault(merged(entry.name), []).append(entry)
-            weights += math.prod(entry.shape)
-            continue
-        fmt, _ = recipe.format_for(entry.kind, entry.name, *entry.matrix)
-        nbytes = entry.stored_bytes(fmt, dtype)
-        rest += nbytes
-        if fmt is not None:
-            packed, weights = packed + nbytes, weights + math.prod(entry.shape)
-    beside = packed if target.nbytes is None else rest
+    groups = _groups(tensors, recipe)
+    free = {entry.name: entry for members in groups for entry in members}
+    fixed = [
+        (entry, recipe.format_for(entry.kind, entry.name, *entry.matrix)[0]) for entry in tensors if entry.name not in free
+    ]
+    if target.nbytes is None:
+        fixed = [(entry, fmt) for entry, fmt in fixed if fmt is not None]  # bits are those of quantized weights alone
+    beside = sum(entry.stored_bytes(fmt, dtype) for entry, fmt in fixed)
+    weights = sum(math.prod(entry.shape) for entry in [*free.values(), *(entry for entry, _ in fixed)])
     wanted = math.floor(target.bpw * weights / 8) if target.bpw is not None else target.nbytes
     assert wanted is not None
-    last_blocks: dict[str, int] = {}
-    for found in (_BLOCK.match(members[0].name) for members in groups.values()):
-        if found:
-            last_blocks[found[1]] = max(last_blocks.get(found[1], 0), int(found[2]))
-    formats = [shared_formats(members, recipe) for members in groups.values()]
+    last_blocks = _last_blocks(free)
+    formats = [shared_formats(members, recipe) for members in groups]
     choices = [
         [_option(members, fmt, target, dtype, last_blocks) for fmt in allowed]
-        for members, allowed in zip(groups.values(), formats, strict=True)
+        for members, allowed in zip(groups, formats, strict=True)
     ]
     least = least_bytes(choices) + beside
     if least > wanted and not patient:
         raise _too_small(target, recipe, least=least, wanted=wanted, weights=weights, exact=exact)
-    wanted = max(least, wanted)
-    chosen: list[tuple[str, Format | None]] = []
-    for members, allowed, index in zip(groups.values(), formats, spend(choices, wanted - beside), strict=True):
-        chosen += [(entry.name, allowed[index]) for entry in members]
+    picked = spend(choices, max(least, wanted) - beside)
+    chosen = [
+        (entry.name, allowed[index])
+        for members, allowed, index in zip(groups, formats, picked, strict=True)
+        for entry in members
+    ]
     return dataclasses.replace(recipe, chosen=tuple(chosen))
 
 
@@ -129,9 +128,8 @@ def formats_of(entry: Entry, recipe: Recipe) -> list[Format | None]:
         Int4 in groups of 128, 64 and 32 columns as far as they divide its own, or else by rows; int8; and for a target in bytes
         None, the model's dtype. Of an output head those with no more bits than the recipe gives it.
     """
-    symmetric = isinstance(recipe.format, Int4) and recipe.format.symmetric
     sizes = [size for size in (128, 64, 32) if entry.matrix[1] % size == 0] or [-1]
-    formats: list[Format | None] = [Int4(group_size=size, symmetric=symmetric) for size in sizes]
+    formats: list[Format | None] = [_int4(size, recipe) for size in sizes]
     if entry.kind != "head" or recipe.head == Int8():
         formats.append(Int8())
     if recipe.target is not None and recipe.target.nbytes is not None and entry.kind != "head":
@@ -152,7 +150,7 @@ def shared_formats(members: Sequence[Entry], recipe: Recipe) -> list[Format | No
     shared = [fmt for fmt in first if all(fmt in other for other in others)]
     if any(isinstance(fmt, Int4) for fmt in shared):
         return shared
-    return [Int4(group_size=-1, symmetric=isinstance(recipe.format, Int4) and recipe.format.symmetric), *shared]
+    return [_int4(-1, recipe), *shared]
 
 
 def offered(entries: Iterable[Entry], recipe: Recipe) -> dict[str, list[Format | None]]:
@@ -164,11 +162,7 @@ def offered(entries: Iterable[Entry], recipe: Recipe) -> dict[str, list[Format |
     Returns:
         Formats by name of all that are free.
     """
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if is_free(entry, recipe):
-            groups.setdefault(merged(entry.name), []).append(entry)
-    return {entry.name: shared_formats(members, recipe) for members in groups.values() for entry in members}
+    return {entry.name: shared_formats(members, recipe) for members in _groups(entries, recipe) for entry in members}
 
 
 def merged(name: str) -> str:
@@ -183,6 +177,28 @@ def merged(name: str) -> str:
         if found := pattern.fullmatch(name):
             return f"{found[1]}.{suffix}"
     return name
+
+
+def _groups(entries: Iterable[Entry], recipe: Recipe) -> list[list[Entry]]:
+    """The weights whose format is chosen, those together that share one."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if is_free(entry, recipe):
+            groups.setdefault(merged(entry.name), []).append(entry)
+    return list(groups.values())
+
+
+def _last_blocks(names: Iterable[str]) -> dict[str, int]:
+    """Number of the last block, by what stands before the numbers: an encoder's and a decoder's may differ."""
+    last: dict[str, int] = {}
+    for found in filter(None, map(_BLOCK.match, names)):
+        last[found[1]] = max(last.get(found[1], 0), int(found[2]))
+    return last
+
+
+def _int4(group_size: int, recipe: Recipe) -> Int4:
+    """With zero points or without, as the recipe says."""
+    return Int4(group_size=group_size, symmetric=isinstance(recipe.format, Int4) and recipe.format.symmetric)
 
 
 def _option(members: Sequence[Entry], fmt: Format | None, target: Target, dtype: str, last_blocks: Mapping[str, int]) -> Option:

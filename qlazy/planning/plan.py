@@ -16,7 +16,7 @@ from qlazy.planning.budget import Budget
 from qlazy.planning.data import DevicePlan, Entry, Plan, TensorPlan, to_json
 from qlazy.planning.demand import activation_bytes, layer_kv_bytes
 from qlazy.planning.devices import assign, block_of, kv_by_block
-from qlazy.planning.entries import conversion_bytes, entries, require_unquantized, resolve_dtype
+from qlazy.planning.entries import conversion_bytes, entries, resolve_dtype
 from qlazy.planning.recipe import Recipe, make_recipe
 from qlazy.sizes import format_bytes
 from qlazy.sources.source import Source
@@ -29,7 +29,6 @@ __all__ = [
     "RUNTIME_BYTES",
     "SCRATCH_CHUNKS",
     "STAGING_BYTES",
-    "DevicePlan",
     "Entry",
     "Plan",
     "TensorPlan",
@@ -38,7 +37,6 @@ __all__ = [
     "entries",
     "make_plan",
     "require_fit",
-    "require_unquantized",
     "resolve_dtype",
     "to_json",
 ]
