@@ -85,11 +85,11 @@ def _sample(fills: tuple[Fill, ...], free: dict[str, Entry]) -> Iterator[Fill]:
     sampled = []
     for group in by_target.values():
         for fill in _evenly(group):
-            first, last = fill.all_spans[0]
-            if fill.convert is not None or (isinstance(fill.sources[0], PackedTensor) and fill.sources[0].whole):
+            info = fill.sources[0]
+            if fill.convert is not None or (isinstance(info, PackedTensor) and info.whole):
                 sampled.append(fill)
                 continue
-            info = fill.sources[0]
+            first, last = fill.all_spans[0]
             step = math.lcm(RUN_ROWS, fill.row_block, info.row_block if isinstance(info, PackedTensor) else 1)
             for start in _evenly(list(range(first, last, step))):
                 sampled.append(dataclasses.replace(fill, spans=((start, min(last, start + step)),)))
