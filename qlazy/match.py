@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Chunk, Interleave, Transpose, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Chunk,
+    Interleave,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 
 from qlazy.errors import CorruptCheckpoint, IncompleteCheckpoint
 from qlazy.matching.fill import Fill, dtype_of, held_bytes, row_count, straight_fill
 from qlazy.matching.fill_experts import by_expert, expert_fills, matrix_rows
-from qlazy.matching.gguf import match_gguf
+from qlazy.matching.gguf import gguf_mapping, match_gguf
 from qlazy.matching.row_map import Piece, pieces_of, rows_by_target
 from qlazy.sources.packed import PackedTensor, read_whole_at_once
 from qlazy.sources.source import Source, TensorInfo
@@ -67,7 +76,8 @@ def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True
     Memory: names and shapes.
     """
     state = model.state_dict()
-    fills, leftover = match_gguf(model, source, state) if source.kind == "gguf" else _match_keys(model, source, state)
+    mapping = gguf_mapping(model, source) if source.kind == "gguf" else get_model_conversion_mapping(model)
+    fills, leftover = match_gguf(model, source, state) if mapping is None else _match_keys(model, source, state, mapping)
     for fill in fills:
         _require_dtypes(fill, state)
     filled = {target for fill in fills for target in fill.targets}
@@ -95,9 +105,10 @@ def match_tensors(model: PreTrainedModel, source: Source, *, strict: bool = True
     return Match(fills=tuple(ordered), unexpected=(*unexpected, *ignored), missing=(*missing, *ignored_missing))
 
 
-def _match_keys(model: PreTrainedModel, source: Source, state: dict[str, Tensor]) -> tuple[list[Fill], list[str]]:
+def _match_keys(
+    model: PreTrainedModel, source: Source, state: dict[str, Tensor], mapping: Sequence[WeightTransform]
+) -> tuple[list[Fill], list[str]]:
     """Match by transformers' renames and converters, as its own loader does."""
-    mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -176,3 +176,75 @@ def _write_config(writer: gguf.GGUFWriter, config: PretrainedConfig, arch: str) 
         writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
     if arch == "minimax-m2":
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
+def write_qwen35(path: Path, *, experts: int = 0) -> None:
+    """A tiny Qwen3.5 of random values, with or without experts, as llama.cpp names and shapes its tensors.
+
+    Args:
+        path: The file.
+        experts: How many; 0 = a dense model.
+    """
+    arch, hidden, layers, heads, head_dim = "qwen35moe" if experts else "qwen35", 64, 2, 4, 16
+    writer = gguf.GGUFWriter(path, arch)
+    for key, number in {
+        "context_length": 64,
+        "embedding_length": hidden,
+        "block_count": layers,
+        "attention.head_count": heads,
+        "attention.head_count_kv": 2,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": 8,
+        "full_attention_interval": layers,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": head_dim,
+        "ssm.group_count": 2,
+        "ssm.time_step_rank": heads,
+        "ssm.inner_size": heads * head_dim,
+        "feed_forward_length": 96,
+        "expert_count": experts,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 64,
+        "expert_shared_feed_forward_length": 96,
+    }.items():
+        writer.add_uint32(f"{arch}.{key}", number)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_array(f"{arch}.rope.dimension_sections", [2, 1, 1, 0])
+    writer.add_token_list([f"word{i}" for i in range(96)])
+    random = np.random.default_rng(0)
+
+    def add(name: str, *shape: int, kind: str = "F32") -> None:
+        values = random.standard_normal(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+        values += 1 if name.endswith("norm.weight") else 0
+        values = -np.abs(values) - 0.1 if name.endswith("ssm_a") else values
+        type_ = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quantize(values.astype(np.float32), type_), raw_dtype=type_)
+
+    add("token_embd.weight", 96, hidden, kind="Q8_0")
+    add("output.weight", 96, hidden, kind="Q8_0")
+    add("output_norm.weight", hidden)
+    inner, mixed = heads * head_dim, 2 * 2 * head_dim + heads * head_dim
+    linear = {"attn_qkv": (mixed, hidden), "attn_gate": (inner, hidden), "ssm_out": (hidden, inner)}
+    linear |= {"ssm_alpha": (heads, hidden), "ssm_beta": (heads, hidden), "ssm_conv1d": (mixed, 4), "ssm_norm": (head_dim,)}
+    full = {"attn_q": (2 * inner, hidden), "attn_k": (inner // 2, hidden), "attn_v": (inner // 2, hidden)}
+    full |= {"attn_output": (hidden, inner), "attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,)}
+    for layer in range(layers):
+        held = {"attn_norm": (hidden,), "post_attention_norm": (hidden,)} | (full if layer + 1 == layers else linear)
+        suffix = "_shexp" if experts else ""
+        held |= {f"ffn_{part}{suffix}": (96, hidden) for part in ("gate", "up")} | {f"ffn_down{suffix}": (hidden, 96)}
+        if experts:
+            held |= {"ffn_gate_inp": (experts, hidden), "ffn_gate_inp_shexp": (hidden,)}
+            held |= {f"ffn_{part}_exps": (experts, 64, hidden) for part in ("gate", "up")}
+            held |= {"ffn_down_exps": (experts, hidden, 64)}
+        for name, shape in held.items():
+            whole = len(shape) < 2 or shape[-1] % 32 or name.startswith(("ssm_a", "ssm_b", "ffn_gate_inp"))
+            add(f"blk.{layer}.{name}.weight", *shape, kind="F32" if whole else "Q4_0" if "exps" in name else "Q8_0")
+        if held.keys() >= linear.keys():
+            add(f"blk.{layer}.ssm_a", heads)
+            add(f"blk.{layer}.ssm_dt.bias", heads)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -10,12 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 
 from qlazy.errors import UnsupportedModel
 from qlazy.layers.quant_linear import ROW_BLOCK
 from qlazy.matching.fill import Fill, straight_fill
 from qlazy.matching.gguf_experts import expert_fills
+from qlazy.sources.gguf_config import CONVERTED
 from qlazy.sources.source import Source, TensorInfo
+
+
+def gguf_mapping(model: PreTrainedModel, source: Source) -> list[WeightTransform] | None:
+    """The renames and converters of an architecture for which transformers has them instead of its older tables.
+
+    Args:
+        model: A placeholder.
+        source: An opened GGUF file.
+    Returns:
+        As `get_model_conversion_mapping` for other checkpoints; None for an architecture that `match_gguf` is for.
+    """
+    arch = source.config.get("model_type")
+    if arch not in CONVERTED:
+        return None
+    from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+
+    mapping: list[WeightTransform] = GGUF_ARCHS[arch](model.config)
+    return mapping
 
 
 def match_gguf(model: PreTrainedModel, source: Source, state: dict[str, Tensor]) -> tuple[list[Fill], list[str]]:

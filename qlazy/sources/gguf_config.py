@@ -73,6 +73,9 @@ MIXTURES = {
 }
 """Mixtures of experts that are read, by llama.cpp's name of the architecture."""
 
+CONVERTED = ("qwen35", "qwen35moe")
+"""Architectures whose config and tensors are read by transformers' converters, experts too."""
+
 _ALWAYS_TIED = ("falcon", "bloom")
 
 
@@ -142,11 +145,11 @@ def require_known_experts(architecture: str, tensors: Iterable[TensorInfo]) -> N
     """
     for info in tensors:
         known = EXPERTS.fullmatch(info.name)
-        if (known and architecture not in MIXTURES) or ("exps." in info.name and not known):
+        if (known and architecture not in (*MIXTURES, *CONVERTED)) or ("exps." in info.name and not known):
             what = "experts of this architecture" if known else "such tensors of experts"
             raise UnsupportedModel(
                 f"{info.path.name}: {info.name!r} of architecture {architecture!r}: {what} are not read from GGUF files; those "
-                f"of {', '.join(MIXTURES)} are.",
+                f"of {', '.join(MIXTURES)} and qwen35moe are.",
                 hint="Use the model's safetensors files.",
             )
 

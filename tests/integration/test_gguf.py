@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
 
 import qlazy
 from qlazy.errors import UnsupportedModel
@@ -16,7 +16,7 @@ from qlazy.layers.quant_weight import QuantWeight
 from qlazy.match import match_tensors
 from qlazy.placeholder import build_placeholder, load_config
 from qlazy.sources.source import open_source
-from tests.gguf_files import FAMILIES, build, write
+from tests.gguf_files import FAMILIES, build, write, write_qwen35
 from tests.integration.test_load import require_same_weights
 
 KINDS = {"gate_exps": "Q8_0", "up_exps": "Q4_0", "down_exps": "Q5_1", "attn_": "F16", "token_embd": "Q8_0", "shexp": "Q4_1"}
@@ -105,6 +105,22 @@ def test_values_are_those_that_transformers_reads(tmp_path: Path) -> None:
     ours = qlazy.load_quantized(tmp_path, **KEPT)
     require_same(ours, theirs)
     require_same(ours, model)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_qwen35_is_what_transformers_makes_of_it(experts: int, tmp_path: Path) -> None:
+    """Linear attention, whose norms, decays and heads llama.cpp changes; read by transformers' converters."""
+    write_qwen35(tmp_path / "m.gguf", experts=experts)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    ours: Any = qlazy.load_quantized(tmp_path, **KEPT)
+    assert type(ours) is type(theirs) and not ours.qlazy_report.unexpected
+    require_same(ours, theirs)
+    low: Any = qlazy.load_quantized(tmp_path, device_map="cpu", dtype="float32")
+    require_same_weights(low, theirs)
+    headers = qlazy.plan(tmp_path, device_map="cpu", dtype="float32")
+    for kind in ("experts", "head", "embedding"):
+        planned, held = (sum(t.nbytes for t in plan.tensors if t.kind == kind) for plan in (headers, low.qlazy_report.plan))
+        assert planned == held and (kind != "experts" or (held > 0) == (experts > 0)), kind
 
 
 def test_positions_are_scaled_as_the_metadata_says(tmp_path: Path) -> None:
