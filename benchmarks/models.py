@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import logging
 import math
@@ -61,7 +62,7 @@ def subjects() -> Iterator[tuple[str, str, str]]:
                     yield kind, model_type, name
 
 
-def build(model_type: str, name: str, *, factor: int = 32, wide_experts: int = 0) -> Any:
+def build(model_type: str, name: str, *, factor: int = 32, wide_experts: int = 0, fitted: bool = True) -> Any:
     """A tiny random model in float32.
 
     Args:
@@ -69,6 +70,7 @@ def build(model_type: str, name: str, *, factor: int = 32, wide_experts: int = 0
         name: Class.
         factor: What widths are divided by.
         wide_experts: 2 makes experts hold nearly all bytes, 1 does less, so that fewer configs refuse it.
+        fitted: Make numbers that depend on others agree with them, see `benchmarks.shapes`.
     Returns:
         The model in evaluation mode.
     Raises:
@@ -77,6 +79,7 @@ def build(model_type: str, name: str, *, factor: int = 32, wide_experts: int = 0
     import torch
     import transformers
 
+    from benchmarks.shapes import fit
     from tests.lazy.shrink import tiny_config
     from tests.lazy.zoo import _modeling
 
@@ -89,11 +92,17 @@ def build(model_type: str, name: str, *, factor: int = 32, wide_experts: int = 0
         for key, value in list(vars(part).items()):
             if _CHOSEN.search(key) and (value is None or type(value) is int):
                 set_one(part, key, min(value or 2, 2))
-        if getattr(part, "is_heterogeneous", False):  # what layers have of their own: of one that is still there
+        if getattr(part, "is_heterogeneous", False) and part._heterogeneity_spec.per_layer_overrides:
+            # What layers have of their own: of one that is still there.
             own, first = part._heterogeneity_spec.per_layer_attributes, min(part._heterogeneity_spec.per_layer_overrides)
             if getattr(part, "layer_types", None):
                 part.layer_types = [part.layer_types[0], type(part)().layer_types[first]]
-            part.per_layer_config = {1: {key: max(1, int(vars(part)[key]) // 2) for key in own}}
+            values = {key: max(1, int(vars(part)[key]) // 2) for key in own}
+            if {"head_dim", "qk_nope_head_dim", "qk_rope_head_dim"} <= set(own):
+                values |= {"head_dim": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4}
+            part.per_layer_config = {1: values}
+    if fitted:
+        fit(config, model_type, name)
     if model_type == "dbrx":
         config.attn_config.clip_qkv = 8.0
     with torch.device("meta"):
@@ -199,44 +208,12 @@ def spread(model: Any) -> None:
                     parameter.normal_(0, 1 / math.sqrt(max(1, parameter.shape[-1])))
 
 
-def inputs_of(model: Any) -> list[dict[str, Any]]:
-    """Ways to call a model, to be tried in turn."""
-    import torch
-
-    torch.manual_seed(1)
-    ids = torch.randint(5, 60, (2, 12))
-    config = model.config
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", None) or 32
-    size = size if isinstance(size, int) else size[0]
-    pixels = torch.randn(2, getattr(vision, "num_channels", 3) or 3, size, size)
-    text = {"input_ids": ids}
-    mels = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
-    frames = 2 * (getattr(config, "max_source_positions", None) or 64)
-    features = torch.randn(2, mels, frames)
-    return [
-        text,
-        {**text, "use_cache": False},
-        {**text, "decoder_input_ids": ids},
-        {**text, "bbox": torch.zeros(2, 12, 4, dtype=torch.long)},
-        {**text, "pixel_values": pixels},
-        {"pixel_values": pixels},
-        {"input_values": torch.randn(2, 4000)},
-        {"input_features": features, "decoder_input_ids": ids},
-        {"input_features": features.transpose(1, 2)},
-        {"input_features": features.transpose(1, 2), "decoder_input_ids": ids},
-        {"input_values": torch.randn(2, 4000), "decoder_input_ids": ids},
-        {"input_ids": ids[:, :, None].expand(-1, -1, getattr(config, "num_codebooks", 4) or 4)},
-        {"input_values": torch.randn(2, 64, 128)},
-        {"pixel_values": pixels, "decoder_input_ids": ids},
-        {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)},
-    ]
-
-
 def output_of(model: Any, inputs: dict[str, Any]) -> Any:
     """The model's main floating result."""
     import torch
 
+    if type(model).forward is torch.nn.Module.forward:
+        model = model.thinker  # models that only generate, in several voices: the one that reads
     with torch.no_grad():
         torch.manual_seed(2)
         out = model(**inputs)
@@ -267,32 +244,38 @@ def run(model_type: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
     from tests.lazy.shrink import FACTORS
 
     rows: list[dict[str, Any]] = []
-    for level in (2, 1, 0) if moe else (0,):
-        for factor in FACTORS:
-            rows.append(_run(model_type, name, dict(options), level, factor))
-            if rows[-1]["status"] == "loaded" and (rows[-1].get("experts") or not moe):
-                return rows[-1]
+    for fitted, level, factor in itertools.product((True, False), (2, 1, 0) if moe else (0,), FACTORS):
+        rows.append(_run(model_type, name, dict(options), level, factor, fitted))
+        if rows[-1]["status"] == "loaded" and (rows[-1].get("experts") or not moe):
+            return rows[-1]
     return max(rows, key=lambda row: (STATES.index(row["status"]), row.get("experts", 0) > 0, row.get("share", 0.0)))
 
+
+_UNFIT = re.compile(r"missing \d+ required|unexpected keyword|[Yy]ou (have to|must) specify|has no attribute|^KeyError")
+"""Words for inputs of another kind than the class takes."""
 
 STATES = ("not built", "not saved", "failed", "not called", "loaded")
 """How far a model came."""
 
 
-def _run(model_type: str, name: str, options: dict[str, Any], level: int, factor: int) -> dict[str, Any]:
+def _run(model_type: str, name: str, options: dict[str, Any], level: int, factor: int, fitted: bool) -> dict[str, Any]:
+    from benchmarks.shapes import inputs_of
+
     row: dict[str, Any] = {"model_type": model_type, "class": name}
     try:
-        model = build(model_type, name, factor=factor, wide_experts=level)
+        model = build(model_type, name, factor=factor, wide_experts=level, fitted=fitted)
     except Exception as error:
         return row | {"status": "not built", "reason": short(error)}
-    wanted = None
-    for inputs in inputs_of(model):
+    wanted, reasons = None, []
+    for way in inputs_of(model):
         try:
+            inputs = way()
             wanted = output_of(model, inputs)
-            row.pop("reason", None)
             break
         except Exception as error:
-            row.setdefault("reason", short(error))
+            reasons.append(short(error))
+    else:  # what came of the inputs that the class takes says more than that others are missing
+        row["reason"] = next((reason for reason in reversed(reasons) if not _UNFIT.search(reason)), reasons[0])
     forms = [True, False] if level else [True]
     for original in forms:
         form = "hub" if original else "transformers"
@@ -392,13 +375,15 @@ def main() -> None:
     wanted = [s for s in wanted if (not only or s[1] in only) and s not in done]
     options = json.loads(given.options) | ({"moe": True} if given.moe else {})
     rows = []
-    pool = multiprocessing.get_context("spawn").Pool(given.jobs, maxtasksperchild=12)
-    pending = [(s, pool.apply_async(run, (s[1], s[2], dict(options)))) for s in wanted]
-    for (kind, model_type, name), future in pending:
+    pool, pending = start(wanted, options, given.jobs)
+    for index, (kind, model_type, name) in enumerate(wanted):
         try:
-            row = future.get(timeout=150)
-        except multiprocessing.TimeoutError as error:
-            row = {"model_type": model_type, "class": name, "status": "crashed", "reason": short(error)}
+            row = pending[index].get(timeout=SECONDS)
+        except multiprocessing.TimeoutError:
+            row = {"model_type": model_type, "class": name, "status": "crashed", "reason": f"no end in {SECONDS} s"}
+            pool.terminate()  # it would go on, and the next ones wait for it
+            pool, again = start(wanted[index + 1 :], options, given.jobs)
+            pending = pending[: index + 1] + again
         rows.append({"kind": kind} | row)
         says = [f"{row['share']:.1%}"] if "share" in row else []
         says += [f"{k[6:]} {v:.1e}" for k, v in row.items() if k.startswith("error_")]
@@ -408,6 +393,24 @@ def main() -> None:
         if given.json:
             Path(given.json).write_text(json.dumps(rows, indent=1))
     pool.terminate()
+
+
+SECONDS = 150
+"""Time for one type."""
+
+
+def start(wanted: list[tuple[str, str, str]], options: dict[str, Any], jobs: int) -> tuple[Any, list[Any]]:
+    """Begin with some models.
+
+    Args:
+        wanted: Kind, type and class of each.
+        options: See `run`.
+        jobs: How many at a time.
+    Returns:
+        The processes, and what will be known of each model.
+    """
+    pool = multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12)
+    return pool, [pool.apply_async(run, (model_type, name, dict(options))) for _, model_type, name in wanted]
 
 
 def page(groups: list[list[dict[str, Any]]]) -> str:
