@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlazy.errors import UnsupportedModel
@@ -9,7 +11,7 @@ from qlazy.sources.source import Source
 
 
 def load_tokenizer(source: Source, *, without: str, trust_remote_code: bool | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside the weights, or in them for GGUF.
+    """The tokenizer that lies beside the weights, or for GGUF in them; beside them where it cannot be read there.
 
     Args:
         source: An opened source with a folder.
@@ -20,15 +22,20 @@ def load_tokenizer(source: Source, *, without: str, trust_remote_code: bool | No
     Raises:
         UnsupportedModel: there is none, or transformers cannot read it.
     """
-    within = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=trust_remote_code, **within
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UnsupportedModel(
-            f"{source.folder} has no tokenizer that transformers can read: {why}",
-            hint=f"Copy the tokenizer's files beside the weights, or {without}.",
-        ) from error
-    return tokenizer
+    places: list[dict[str, Any]] = [{"gguf_file": source.gguf_file}, {}] if source.gguf_file else [{}]
+    failures: list[Exception] = []
+    for within in places:
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source.folder, local_files_only=True, trust_remote_code=trust_remote_code, **within
+            )
+        # Over the metadata of gpt-oss transformers 5.23 fails with a TypeError.
+        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+            failures.append(error)
+        else:
+            return tokenizer
+    why = next(iter(str(failures[0]).splitlines()), type(failures[0]).__name__)
+    raise UnsupportedModel(
+        f"{source.folder} has no tokenizer that transformers can read: {why}",
+        hint=f"Copy the tokenizer's files beside the weights, or {without}.",
+    ) from failures[0]

@@ -52,12 +52,16 @@ def gguf_companions(source: Source, model: PreTrainedModel) -> Iterator[tuple[st
         model: Its placeholder.
     Yields:
         Name and content.
+    Raises:
+        UnsupportedModel: there is no tokenizer that transformers can read.
 
     Memory: the tokenizer, twice.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf_file, local_files_only=True)
+    from qlazy.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(source, without="save the model from its safetensors files")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         if model.can_generate():

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 import qlazy
 from qlazy.errors import UnsupportedModel
@@ -16,6 +18,7 @@ from qlazy.layers.quant_weight import QuantWeight
 from qlazy.match import match_tensors
 from qlazy.placeholder import build_placeholder, load_config
 from qlazy.sources.source import open_source
+from qlazy.tokenizer import load_tokenizer
 from tests.gguf_files import FAMILIES, build, write, write_qwen35
 from tests.integration.test_load import require_same_weights
 
@@ -138,3 +141,29 @@ def test_experts_of_other_architectures_are_refused(tmp_path: Path) -> None:
     for call in (qlazy.plan, qlazy.load_quantized):
         with pytest.raises(UnsupportedModel, match=r"m\.gguf: 'blk\.0\.ffn_.*_exps\.weight' of architecture 'grovemoe': exper"):
             call(path, device_map="cpu")
+
+
+def write_tokenizer(folder: Path) -> None:
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+
+
+def test_a_tokenizer_that_transformers_cannot_read_may_lie_beside(tmp_path: Path) -> None:
+    """It fails over the metadata of gpt-oss."""
+    write(tmp_path / "m.gguf", build("gpt_oss"), {})
+    source = open_source(tmp_path)
+    with pytest.raises(UnsupportedModel, match="no tokenizer that transformers can read") as caught:
+        load_tokenizer(source, without="go without")
+    assert caught.value.hint == "Copy the tokenizer's files beside the weights, or go without."
+    write_tokenizer(tmp_path)
+    assert load_tokenizer(source, without="")("b").input_ids == [1]
+
+
+def test_what_is_saved_is_what_was_loaded(tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", build("qwen3_moe", moe_intermediate_size=64), KINDS, split_max_tensors=10)
+    write_tokenizer(tmp_path)
+    loaded = qlazy.load_quantized(tmp_path, device_map="cpu", dtype="float32")
+    qlazy.save_quantized(tmp_path, tmp_path / "saved", dtype="float32")
+    again = qlazy.load_quantized(tmp_path / "saved", device_map="cpu", dtype="float32")
+    assert type(again) is type(loaded) and torch.equal(logits(again), logits(loaded))
+    assert load_tokenizer(open_source(tmp_path / "saved"), without="")("b").input_ids == [1]
