@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PROMPT ?= What is the capital of France?
 # For `make bench`: --resume goes on with a run that was cut off, --only NAME measures one contender.
 BENCH_FLAGS ?=
-# For `make test-gpu`: -x, -k WORDS.
+# For `make test-gpu` and `make test-vllm`: -x, -k WORDS.
 TEST_FLAGS ?=
 
 # One environment for the peers and qlazy, so that all use the same PyTorch.
@@ -81,7 +81,7 @@ test: $(VENV)/.installed-test $(VENV)/.demo-model ## run all tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 test-vllm: $(VENV)/.installed-test $(VENV)/.demo-model $(VLLM)/.installed ## serve the saved demo model with vLLM, on one worker and on three
-	QLAZY_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -s tests/vllm
+	QLAZY_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -s $(TEST_FLAGS) tests/vllm
 
 lint: $(VENV)/.installed-dev ## style, types, docstrings, order of imports, spelling
 	$(BIN)/ruff check .
