@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PROMPT ?= What is the capital of France?
 # For `make bench`: --resume goes on with a run that was cut off, --only NAME measures one contender.
 BENCH_FLAGS ?=
+# Processes that share the tests of `make test`; each takes up to 2 GB.
+WORKERS ?= 2
 # For `make test-gpu` and `make test-vllm`: -x, -k WORDS.
 TEST_FLAGS ?=
 
@@ -78,7 +80,7 @@ demo: $(VENV)/.installed $(VENV)/.demo-model ## load the demo model in 4 bits, a
 	$(BIN)/qlazy run demo "$(PROMPT)" --bits 4 --report
 
 test: $(VENV)/.installed-test $(VENV)/.demo-model ## run all tests with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term
 
 test-vllm: $(VENV)/.installed-test $(VENV)/.demo-model $(VLLM)/.installed ## serve the saved demo model with vLLM, on one worker and on three
 	QLAZY_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/python -m pytest -s $(TEST_FLAGS) tests/vllm

@@ -8,6 +8,8 @@ import pytest
 
 # Before torch is imported anywhere, and passed on to subprocesses.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads without work sleep: spinning, they take the processors that another worker of the suite needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Triton warns that the default changes with 3.10; without fusion a kernel rounds as torch does, step by step.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
