@@ -79,13 +79,13 @@ def build(model_type: str, name: str, *, factor: int = 32, wide_experts: int = 0
     import torch
     import transformers
 
-    from benchmarks.shapes import fit
+    from benchmarks.shapes import fit, parts_of
     from tests.lazy.shrink import tiny_config
     from tests.lazy.zoo import _modeling
 
     cls = getattr(transformers, name, None) or getattr(_modeling(model_type), name)
     config = tiny_config(model_type, factor, cls.config_class)
-    parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
+    parts = list(parts_of(config))
     if wide_experts:
         widen(parts, MOE if wide_experts == 2 else {key: value for key, value in MOE.items() if not _SHAPES.search(key)})
     for part in parts:
@@ -98,8 +98,8 @@ def build(model_type: str, name: str, *, factor: int = 32, wide_experts: int = 0
             if getattr(part, "layer_types", None):
                 part.layer_types = [part.layer_types[0], type(part)().layer_types[first]]
             values = {key: max(1, int(vars(part)[key]) // 2) for key in own}
-            if {"head_dim", "qk_nope_head_dim", "qk_rope_head_dim"} <= set(own):
-                values |= {"head_dim": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4}
+            if "qk_nope_head_dim" in own and "head_dim" in vars(part):  # a quarter is rotated, as it is where layers are wide
+                part.head_dim, values["qk_nope_head_dim"] = 4 * part.qk_rope_head_dim, 3 * part.qk_rope_head_dim
             part.per_layer_config = {1: values}
     if fitted:
         fit(config, model_type, name)
@@ -275,7 +275,7 @@ def _run(model_type: str, name: str, options: dict[str, Any], level: int, factor
         except Exception as error:
             reasons.append(short(error))
     else:  # what came of the inputs that the class takes says more than that others are missing
-        row["reason"] = next((reason for reason in reversed(reasons) if not _UNFIT.search(reason)), reasons[0])
+        row["reason"] = next((reason for reason in reasons if not _UNFIT.search(reason)), reasons[0])
     forms = [True, False] if level else [True]
     for original in forms:
         form = "hub" if original else "transformers"

@@ -23,10 +23,14 @@ NEEDED: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0},
     "led": {"attention_window": [16, 16]},
     "perceiver": {"d_latents": 64, "num_self_attends_per_block": 2, "num_latents": 16},
-    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 16},
+    "qwen3_omni_moe": {
+        "talker_config.text_config.shared_expert_intermediate_size": 16,
+        "talker_config.spatial_merge_size": 2,
+    },
     "qwen2_5_omni": {"enable_audio_output": False},
     "reformer": {"axial_pos_embds": False},
     "shieldgemma2": {"yes_token_index": 4, "no_token_index": 5},
+    "step3p7": {"text_config.sliding_window": 8},
     "xmod": {"default_language": "en_XX"},
 }
 """By type or class, what a forward pass asks for and default configs do not say."""
@@ -113,13 +117,16 @@ def _mamba(part: Any) -> None:
 
 def _layers(part: Any) -> None:
     """Kinds of layers: two of them, where the type has more than one; as many layers as lists of one value each have."""
-    kinds, count = vars(part).get("layer_types"), vars(part).get("num_hidden_layers")
+    kinds = vars(part).get("layer_types")
     if kinds and len(set(kinds)) == 1 and len(kinds) == 2:
         others = [kind for kind in type(part)().layer_types if kind != kinds[0]]
         part.layer_types = [kinds[0], *others[:1]] if others else kinds
+    if "sliding_attention" in (vars(part).get("layer_types") or ()) and vars(part).get("sliding_window", 0) is None:
+        part.sliding_window = 8
     widths = vars(part).get("hidden_sizes")
-    if isinstance(widths, list) and isinstance(count, int) and len(type(part)().hidden_sizes) == type(part)().num_hidden_layers:
-        part.num_hidden_layers = len(widths)
+    for key in ("num_hidden_layers", "num_encoder_blocks"):
+        if isinstance(widths, list) and key in vars(part) and len(type(part)().hidden_sizes) == getattr(type(part)(), key):
+            setattr(part, key, len(widths))
 
 
 def _stages(part: Any) -> None:
@@ -182,7 +189,8 @@ def inputs_of(model: Any) -> list[Callable[[], dict[str, Any]]]:
     torch.manual_seed(1)
     ids = torch.randint(5, 60, (2, 12))
     config = model.config
-    vision = getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
+    pictured = (part for part in parts_of(config) if getattr(part, "image_size", None))
+    vision = getattr(config, "vision_config", None) or next(pictured, config)
     size = getattr(vision, "image_size", None) or 32
     size = size if isinstance(size, int) else size[0]
     channels = getattr(vision, "num_channels", 3) or 3
