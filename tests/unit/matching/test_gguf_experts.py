@@ -85,7 +85,7 @@ def filled(fills: list[Fill], stored: dict[str, Tensor], state: dict[str, Tensor
 SIZES = {"experts": st.integers(1, 5), "width": st.sampled_from([8, 48, 64, 96, 128]), "hidden": st.sampled_from([16, 64])}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(**SIZES, form=st.sampled_from(["fused", "gate and up fused", "one by one"]))
 def test_rows_of_gate_up_and_down_find_their_place(experts: int, width: int, hidden: int, form: str) -> None:
     model = qwen(experts, width, hidden)
@@ -115,7 +115,7 @@ def test_rows_of_gate_up_and_down_find_their_place(experts: int, width: int, hid
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(**SIZES)
 def test_gpt_oss_alternates_gate_and_up_and_turns_them(experts: int, width: int, hidden: int) -> None:
     model = gpt_oss(experts, width, hidden)

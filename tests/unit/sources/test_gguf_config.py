@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlazy.errors import CorruptCheckpoint, UnsupportedModel
@@ -32,6 +32,7 @@ def told(architecture: str, shapes: dict[str, tuple[int, ...]], **metadata: Any)
 DOWN = {"blk__0__ffn_down_exps__weight": (8, 64, 96)}
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     architecture=st.sampled_from(sorted(MIXTURES)),
     experts=st.integers(1, 300),
