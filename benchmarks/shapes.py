@@ -17,6 +17,7 @@ HEAD = 16
 """Least size of a head whose dimensions are divided between time, height and width."""
 
 NEEDED: dict[str, dict[str, Any]] = {
+    "Blip2ForImageTextRetrieval": {"qformer_config.use_qformer_text_input": True},
     "ReformerForMaskedLM": {"is_decoder": False},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "esm": {"pad_token_id": 1, "mask_token_id": 4},
@@ -149,8 +150,10 @@ def _experts(part: Any) -> None:
 def _features(part: Any) -> None:
     """A smaller image and network, where nothing else depends on its size."""
     for key, value in list(vars(part).items()):
-        if key.endswith("_coefficient") and isinstance(value, float):
-            setattr(part, key, min(1.0, value))
+        if key.endswith("_coefficient") and isinstance(value, float) and value > 1:
+            setattr(part, key, 1.0)
+            if key == "width_coefficient":
+                part.hidden_dim = int(part.hidden_dim / value)
 
 
 def _images(part: Any) -> None:
@@ -237,6 +240,7 @@ def inputs_of(model: Any) -> list[Callable[[], dict[str, Any]]]:
             if isinstance(width := getattr(part, key, None), int):
                 ways.append(lambda width=width: {"input_features": torch.randn(2, 40, width)})
                 ways.append(lambda width=width: {"input_features": torch.randn(2, 40, width), "decoder_input_ids": ids})
+                ways.append(lambda width=4 * width: {"input_features": torch.randn(2, 40, width)})  # of frames side by side
     return ways
 
 
