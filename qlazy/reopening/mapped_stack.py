@@ -25,11 +25,12 @@ def lie_in_order(fills: Sequence[Fill]) -> bool:
     """
     row = 0
     for fill in sorted(fills, key=lambda fill: fill.target_row):
-        info = fill.sources[0]
-        whole = len(fill.sources) == 1 and isinstance(info, PackedTensor) and fill.all_spans[0] == (0, row_count(info.shape))
-        if not whole or fill.target_row != row or not _in_order(fill):
+        counts = [row_count(info.shape) for info in fill.sources]
+        whole = all(isinstance(info, PackedTensor) for info in fill.sources) and fill.all_spans == tuple((0, n) for n in counts)
+        # Zeros of eight rows share a word.
+        if not whole or fill.target_row != row or any(n % 8 for n in counts[:-1]) or not _in_order(fill, counts):
             return False
-        row += info.shape[0]
+        row += sum(counts)
     return True
 
 
@@ -38,7 +39,7 @@ def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> di
 
     Args:
         stack: The module that it is for.
-        fills: What fills it, in order: whole matrices, or rows of them, each from one packed weight.
+        fills: What fills it, in order: whole matrices, or rows of them, each from whole packed weights.
         files: The maps.
     Returns:
         Tensors by the names of its storage.
@@ -50,8 +51,7 @@ def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> di
     """
     ordered = sorted(fills, key=lambda fill: fill.target_row)
     columns, pieces, row = stack.stack.columns, [], 0
-    for fill in ordered:
-        info = fill.sources[0]
+    for info in (info for fill in ordered for info in fill.sources):
         assert isinstance(info, PackedTensor)
         row += info.shape[0]
         parts = {part.role: files.tensor(part.stored) for part in info.parts}
@@ -67,13 +67,13 @@ def stacked(stack: PackedStack, fills: Sequence[Fill], files: MappedFiles) -> di
     return made
 
 
-def _in_order(fill: Fill) -> bool:
-    """Whether the conversion of one stored tensor leaves its rows where they are."""
+def _in_order(fill: Fill, counts: Sequence[int]) -> bool:
+    """Whether the conversion of stored tensors leaves their rows where they are, one tensor after the other."""
     if fill.convert is None:
         return fill.row_order is None
-    rows = torch.arange(row_count(fill.sources[0].shape)).view(-1, 1)
+    rows = torch.arange(sum(counts)).view(-1, 1)
     try:
-        (made,) = fill.convert([rows]).values()
+        (made,) = fill.convert(list(rows.split(list(counts)))).values()
     except Exception:  # a conversion that needs all columns
         return False
     return made.shape[-2:] == rows.shape and torch.equal(made.flatten(), rows.flatten())

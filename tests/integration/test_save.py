@@ -134,6 +134,21 @@ def test_experts_reopen(checkpoint, save, name, options):
     assert set(open_source(folder).tensors) == set(open_source(checkpoint(name)).tensors)
 
 
+@pytest.mark.parametrize("options", [{}, {"bits": 8}, {"layout": "gptq"}], ids=str)
+def test_experts_that_do_not_come_in_blocks_of_rows_reopen(tmp_path, options):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 3, "vocab_size": 64}
+    config = transformers.MixtralConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, **shape)
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    qlazy.save_quantized(tmp_path / "model", tmp_path / "saved", **options)
+    loaded = qlazy.load_quantized(tmp_path / "model", device_map="cpu", **load_options(options))
+    reopened = qlazy.load_quantized(tmp_path / "saved", device_map="cpu")
+    require_equal(loaded, reopened)
+    assert all(
+        isinstance(info, PackedTensor) for name, info in open_source(tmp_path / "saved").tensors.items() if "experts" in name
+    )
+
+
 def test_experts_that_checkpoints_hold_fused_are_refused(tmp_path):
     config = transformers.GptOssConfig(
         vocab_size=64,
