@@ -89,7 +89,9 @@ def _rotary_sections(part: Any) -> None:
     """Sections for time, height and width that sum to half of the rotary dimensions of a head."""
     values = vars(part)
     rope = values.get("rope_parameters")
-    if not isinstance(rope, dict) or "hidden_size" not in values or not ("mrope_section" in rope or _divides(type(part))):
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()) or "hidden_size" not in values:
+        return
+    if "mrope_section" not in rope and not _divides(type(part)):
         return
     if isinstance(values.get("head_dim"), int):
         part.head_dim = size = max(HEAD, values["head_dim"])
@@ -99,7 +101,7 @@ def _rotary_sections(part: Any) -> None:
         size = part.hidden_size // part.num_attention_heads
     half = int(size * (rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0)) // 2
     side = half * 3 // 8
-    rope["mrope_section"] = [side, side, half - 2 * side]
+    part.rope_parameters = {**rope, "mrope_section": [side, side, half - 2 * side]}
 
 
 def _divides(config_class: type) -> bool:
