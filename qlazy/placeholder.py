@@ -17,6 +17,7 @@ from qlazy.errors import UnsupportedModel
 from qlazy.lazy import LazyReport, lazy_build, materialize, release
 from qlazy.lazy.scan import places
 from qlazy.sources.gguf_config import complete_config, mixture_config
+from qlazy.sources.gguf_rope import with_stored_scaling
 from qlazy.sources.source import Source
 
 logger = logging.getLogger(__name__)
@@ -133,14 +134,16 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
         The config.
     Raises:
         UnsupportedModel: transformers does not know the model type, or refuses the config.
+        CorruptCheckpoint: a GGUF file's scaling of positions is no list of numbers.
     """
     assert source.folder is not None, "weights cannot be loaded from a source that was opened for its headers only"
+    said = with_stored_scaling(source.config, source.tensors) if source.gguf_file else {}
     try:
         if source.gguf_file:
-            told = mixture_config(source.config)
+            told = mixture_config(said)
             if told is None:
                 theirs, _ = PretrainedConfig.get_config_dict(source.folder, gguf_file=source.gguf_file)
-                told = complete_config(theirs, source.config)
+                told = complete_config(theirs, said)
             config = CONFIG_MAPPING[told["model_type"]].from_dict(told)
         else:
             config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)

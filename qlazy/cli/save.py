@@ -138,7 +138,7 @@ def save(
     options.say(str(report))
     if options.json:
         print_json(_to_json(report))
-    options.say(f"Next: qlazy run {folder} 'Hello'\n      vllm serve {folder}")
+    options.say(f"Next: qlazy run {folder} 'Hello'" + ("" if report.unlike else f"\n      vllm serve {folder}"))
 
 
 def _calibration(calibrate: bool, **told: Any) -> Calibration | None:

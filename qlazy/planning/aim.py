@@ -179,6 +179,20 @@ def merged(name: str) -> str:
     return name
 
 
+def unlike(formats: Mapping[str, Format | None]) -> tuple[tuple[str, ...], ...]:
+    """Layers that serving engines merge into one, and whose formats differ.
+
+    Args:
+        formats: By name of weight; None is 16 bits.
+    Returns:
+        The names of each such group.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in formats:
+        groups.setdefault(merged(name), []).append(name)
+    return tuple(tuple(names) for names in groups.values() if len({formats[name] for name in names}) > 1)
+
+
 def _groups(entries: Iterable[Entry], recipe: Recipe) -> list[list[Entry]]:
     """The weights whose format is chosen, those together that share one."""
     groups: dict[str, list[Entry]] = {}

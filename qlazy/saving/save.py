@@ -25,6 +25,7 @@ from qlazy.match import match_tensors
 from qlazy.memory import trim_heap
 from qlazy.place import empty
 from qlazy.placeholder import build_placeholder
+from qlazy.planning.aim import unlike
 from qlazy.planning.budget import UNLIMITED
 from qlazy.planning.entries import own_dtype
 from qlazy.planning.plan import make_plan
@@ -166,6 +167,7 @@ def save(
         shards_resumed=resumed,
         seconds=time.perf_counter() - began,
         calibrated=None if walk is None else walk.done,
+        unlike=unlike({t.name: t.format for t in plan.tensors if t.kind in ("linear", "experts")}),
     )
 
 

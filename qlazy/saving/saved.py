@@ -35,15 +35,20 @@ class SaveReport:
     """How long it took."""
     calibrated: Calibrated | None = None
     """What was calibrated, where something was."""
+    unlike: tuple[tuple[str, ...], ...] = ()
+    """Layers that vLLM merges into one though their formats differ, so that it cannot serve the folder."""
 
     def __str__(self) -> str:
         """One line, as a person reads it; more of what was calibrated."""
         files = f"{self.shards} file{'s' if self.shards != 1 else ''}"
         resumed = f", {self.shards_resumed} of them by an earlier attempt" if self.shards_resumed else ""
         calibrated = f"\n{self.calibrated}" if self.calibrated is not None else ""
-        return (
-            f"{self.folder}: {format_bytes(self.nbytes)} in {files}{resumed}, {self.layout}, {self.seconds:.1f} s{calibrated}"
-        )
+        unlike = ""
+        if self.unlike:
+            more = f", and {len(self.unlike) - 1} more such groups" if len(self.unlike) > 1 else ""
+            unlike = f"\nNot for vLLM: it merges {', '.join(self.unlike[0])}, whose formats differ{more}."
+        what = f"{format_bytes(self.nbytes)} in {files}{resumed}, {self.layout}, {self.seconds:.1f} s"
+        return f"{self.folder}: {what}{calibrated}{unlike}"
 
 
 def make_manifest(layout: str, dtype: str, **source: Any) -> dict[str, Any]:

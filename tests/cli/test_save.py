@@ -49,6 +49,14 @@ def test_cache(qlazy, tiny, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_what_vllm_merges_is_told_where_formats_differ(qlazy, tiny, tmp_path):
+    done = qlazy("save", tiny, tmp_path / "saved", "--module-bits", "v_proj=8")
+    assert done.code == 0 and "Not for vLLM: it merges model.layers.0.self_attn.q_proj.weight, " in done.err
+    assert "vllm serve" not in done.err
+    done = qlazy("save", tiny, tmp_path / "other", "--module-bits", "o_proj=8")
+    assert done.code == 0 and "Not for vLLM" not in done.err and "vllm serve" in done.err
+
+
 def test_calibrated_on_a_file(qlazy, tiny, tmp_path):
     file = tmp_path / "text"
     file.write_text("the sea and the sky " * 40)

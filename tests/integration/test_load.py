@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,6 +20,7 @@ from qlazy.layers.linear import LAYERS
 from qlazy.layers.quant_linear import QuantLinear
 from qlazy.layers.quant_weight import QuantWeight
 from qlazy.planning.recipe import make_recipe
+from qlazy.sources.gguf_rope import DIVISORS, LLAMA3, llama3_divisors
 from tests.integration.conftest import MODELS, inputs_of, make, stored
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -415,7 +417,7 @@ def test_a_map_of_one_device_is_that_device(checkpoint):
     assert model.qlazy_report.device_bytes == {"cpu": model.qlazy_report.plan.weight_bytes}
 
 
-def write_gguf(path: Path, folder: Path) -> Path:
+def write_gguf(path: Path, folder: Path, **more: np.ndarray) -> Path:
     """The tiny Llama as llama.cpp would convert it: its names, its order of the rows of queries and keys, four data types."""
     import gguf
 
@@ -439,6 +441,8 @@ def write_gguf(path: Path, folder: Path) -> Path:
         ours = names.get_name(name, try_suffixes=(".weight",))
         kind = gguf.GGMLQuantizationType[next((k for part, k in kinds.items() if part in ours), "F32")]
         writer.add_tensor(ours, gguf.quantize(values.contiguous().numpy(), kind), raw_dtype=kind)
+    for name, values in more.items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -465,3 +469,18 @@ def test_gguf(checkpoint, tmp_path, options):
     require_same_rest(model, theirs("llama", tmp_path, gguf_file=path.name))
     exact = stored(checkpoint("llama"))["model.layers.1.self_attn.q_proj.weight"]
     assert torch.equal(reference.model.layers[1].self_attn.q_proj.weight, exact), "rows are back in their order"
+
+
+def test_gguf_with_the_positions_of_llama_3(checkpoint, tmp_path):
+    divisors = np.array(llama3_divisors(16, theta=10000.0, factor=8.0), np.float32)
+    path = write_gguf(tmp_path / "tiny.gguf", checkpoint("llama"), **{DIVISORS: divisors})
+    model = qlazy.load_quantized(path, device_map="cpu", dtype="float32", modules_to_not_convert=["*"])
+    reference = theirs("llama", tmp_path, torch.float32, gguf_file=path.name)
+    assert not torch.allclose(model.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq)
+    scaling = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, **LLAMA3}
+    config = transformers.LlamaConfig(**reference.config.to_dict() | {"rope_parameters": scaling})
+    right = transformers.LlamaForCausalLM(config).eval()
+    right.load_state_dict(reference.state_dict())
+    given = {"input_ids": torch.arange(64).view(1, 64), "position_ids": torch.arange(0, 256, 4).view(1, 64)}
+    with torch.no_grad():
+        assert torch.allclose(model(**given).logits, right(**given).logits, rtol=0, atol=1e-5)
