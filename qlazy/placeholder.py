@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,10 @@ from transformers.initialization import no_init_weights, no_tie_weights
 from qlazy.errors import UnsupportedModel
 from qlazy.lazy import LazyReport, lazy_build, materialize, release
 from qlazy.lazy.scan import places
+from qlazy.sources.gguf import read_gguf_header
 from qlazy.sources.gguf_config import complete_config, mixture_config
+from qlazy.sources.gguf_head import write_head
+from qlazy.sources.gguf_parts import part_names
 from qlazy.sources.gguf_rope import with_stored_scaling
 from qlazy.sources.source import Source
 
@@ -142,8 +146,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
         if source.gguf_file:
             told = mixture_config(said)
             if told is None:
-                theirs, _ = PretrainedConfig.get_config_dict(source.folder, gguf_file=source.gguf_file)
-                told = complete_config(theirs, said)
+                told = complete_config(_their_config(source), said)
             config = CONFIG_MAPPING[told["model_type"]].from_dict(told)
         else:
             config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
@@ -154,11 +157,19 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
             f"{kind!r}: {_reason(error)}",
             hint="Update transformers, or pass trust_remote_code=True if the model brings code that you trust.",
         ) from error
-    if source.gguf_file:
-        # transformers parses the vocabulary on the way and leaves 100 MiB of it in reference cycles.
-        gc.collect()
     assert isinstance(config, PretrainedConfig)
     return config
+
+
+def _their_config(source: Source) -> dict[str, Any]:
+    """What transformers makes of the metadata of a GGUF file."""
+    assert source.folder is not None and source.gguf_file is not None
+    first = part_names(source.gguf_file)[0]
+    with tempfile.TemporaryDirectory(prefix="qlazy-") as folder:
+        metadata = read_gguf_header(source.folder / first).metadata
+        write_head(Path(folder, first), metadata, source.tensors, vocab_size=source.config.get("vocab_size"))
+        theirs, _ = PretrainedConfig.get_config_dict(folder, gguf_file=first)
+    return dict(theirs)
 
 
 def _model_class(source: Source, config: PretrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:

@@ -65,7 +65,7 @@ STAGING_BYTES = {"cpu": RING_BYTES + (48 << 20), "cuda": SCRATCH_CHUNKS * GPU_CH
 """Transient memory of a load: on the host the ring and the quantizers' work buffers, on a GPU the scratch chunks."""
 
 GGUF_BYTES = 128 << 20
-"""Host memory that transformers' own reading of a GGUF file's vocabulary leaves in scattered small objects."""
+"""Host memory that transformers leaves in scattered small objects when it makes a tokenizer of a GGUF file."""
 
 
 def make_plan(source: Source, recipe: Recipe, budget: Budget, *, dtype: str = "auto", patient: bool = False) -> Plan:
