@@ -15,6 +15,7 @@ from typing import Literal
 from qlazy.errors import UsageError
 from qlazy.formats import Codebook4, Format, Int4, Int8
 from qlazy.planning.target import Target, make_target
+from qlazy.sources.gguf_config import hub_names
 
 Kind = Literal[
     "linear", "experts", "head", "embedding", "tied", "positions", "shared", "read", "task", "router", "listed", "other"
@@ -103,7 +104,7 @@ class Recipe:
         }
         if kind not in own or not rows:
             return None, REASONS[kind]
-        names = (name, "lm_head") if kind in ("head", "tied") else (name,)
+        names = (*hub_names(name), "lm_head") if kind in ("head", "tied") else hub_names(name)
         if any(matches(pattern, name) for pattern in self.modules_to_not_convert for name in names):
             return None, REASONS["listed"]
         chosen, reason = self._by_name.get(name, own[kind]), "" if kind in ("linear", "experts") else REASONS[kind]

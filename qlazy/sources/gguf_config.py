@@ -46,6 +46,25 @@ EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)(?:_exps|\.(\d+))\.
 """Tensors of experts: all of a layer in one, or, as files of before April 2024 have them, one for each."""
 
 
+HUB_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_exps": "mlp.experts.gate_up_proj",
+    "ffn_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+"""What most model classes call the weights of a block."""
+
+_IN_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
     """How transformers calls what a mixture of experts is told by."""
@@ -77,6 +96,20 @@ CONVERTED = ("qwen35", "qwen35moe")
 """Architectures whose config and tensors are read by transformers' converters, experts too."""
 
 _ALWAYS_TIED = ("falcon", "bloom")
+
+
+def hub_names(name: str) -> tuple[str, ...]:
+    """The names by which a user may mean a tensor.
+
+    Args:
+        name: Its own, in a GGUF file or not.
+    Returns:
+        It, and where it is a weight of a block of a GGUF file what most model classes call that.
+    """
+    found = _IN_BLOCK.fullmatch(name) if name.startswith("blk.") else None
+    if found is None or found[2] not in HUB_NAMES:
+        return (name,)
+    return name, f"model.layers.{found[1]}.{HUB_NAMES[found[2]]}.weight"
 
 
 def config_of(header: GgufHeader, *, file: str) -> dict[str, Any]:

@@ -484,3 +484,29 @@ def test_gguf_with_the_positions_of_llama_3(checkpoint, tmp_path):
     given = {"input_ids": torch.arange(64).view(1, 64), "position_ids": torch.arange(0, 256, 4).view(1, 64)}
     with torch.no_grad():
         assert torch.allclose(model(**given).logits, right(**given).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            {"module_bits": {"down_proj": "int4-g64", "layers.1.self_attn.v_proj": 8}},
+            ("v_proj", "down_proj", "attn_v", "ffn_down"),
+        ),
+        ({"modules_to_not_convert": ["self_attn", "layers.0.mlp"]}, ("self_attn", "layers.0.mlp", "attn_", "blk.0.ffn_")),
+        ({"target_bpw": 5.5, "module_bits": {"o_proj": 8}}, ("o_proj", "attn_output")),
+    ],
+    ids=["bits", "kept", "target"],
+)
+def test_plan_of_a_gguf_file_takes_the_names_of_modules(checkpoint, tmp_path, options, named):
+    path = write_gguf(tmp_path / "tiny.gguf", checkpoint("llama"))
+    headers = qlazy.plan(path, device_map="cpu", **options)
+    exact = qlazy.load_quantized(path, device_map="cpu", **options).qlazy_report.plan
+
+    def own(plan: Any) -> list[str]:
+        """Formats of the layers that options name."""
+        return sorted(str(t.format) for t in plan.tensors if t.kind == "linear" and any(part in t.name for part in named))
+
+    assert own(headers) == own(exact) != []
+    if "target_bpw" not in options:
+        assert headers.weight_bytes == exact.weight_bytes
