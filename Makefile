@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 PROMPT ?= What is the capital of France?
 # For `make bench`: --resume goes on with a run that was cut off, --only NAME measures one contender.
 BENCH_FLAGS ?=
-# Processes that share the tests of `make test`; each takes up to 2 GB.
+# Processes that share the tests of `make test`; each takes up to 3 GB.
 WORKERS ?= 2
 # For `make test-gpu` and `make test-vllm`: -x, -k WORDS.
 TEST_FLAGS ?=
