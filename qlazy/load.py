@@ -150,7 +150,7 @@ def load(
         place = placer.place if trace is None else trace.placing(placer.place, plan)
         least_bytes, ring_bytes = (GPU_CHUNK_BYTES, GPU_RING_BYTES) if gpus else (CACHED_BYTES, RING_BYTES)
         workers = worker_count(match.fills, least_bytes, ring_bytes)
-        chunk_bytes = least_bytes if gpus else host_chunk_bytes(workers, compiled=native.library() is not None)
+        chunk_bytes = least_bytes if gpus else host_chunk_bytes(workers, compiled=native.available())
         devices = plan.device_map if gpus else {}
         reading: Stream | Drawn = (
             Stream(match.fills, place, workers, drop_page_cache, trace, chunk_bytes, ring_bytes, devices)

@@ -18,7 +18,7 @@ from qlazy.errors import UnsupportedModel
 from qlazy.lazy import LazyReport, lazy_build, materialize, release
 from qlazy.lazy.scan import places
 from qlazy.sources.gguf import read_gguf_header
-from qlazy.sources.gguf_config import complete_config, mixture_config
+from qlazy.sources.gguf_config import mixture_config, scaled_config
 from qlazy.sources.gguf_head import write_head
 from qlazy.sources.gguf_parts import part_names
 from qlazy.sources.gguf_rope import with_stored_scaling
@@ -146,7 +146,7 @@ def load_config(source: Source, *, trust_remote_code: bool = False) -> Pretraine
         if source.gguf_file:
             told = mixture_config(said)
             if told is None:
-                told = complete_config(_their_config(source), said)
+                told = scaled_config(_their_config(source), said)
             config = CONFIG_MAPPING[told["model_type"]].from_dict(told)
         else:
             config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from qlazy.errors import CorruptCheckpoint
+from qlazy.reading.unpack import E2M1
 from qlazy.sources.source import TensorInfo
 
 _PIECE = 1 << 17
 """Elements decoded at a time."""
 
-_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.float32)
-"""Twice what four bits of MXFP4 stand for; there is no negative zero."""
+_E2M1 = 2 * torch.tensor(E2M1) + 0.0
+"""Twice what four bits of MXFP4 stand for; adding zero takes the sign off the negative one, which ggml does not have."""
 
 
 def decode(data: Tensor, info: TensorInfo, rows: int) -> Tensor:

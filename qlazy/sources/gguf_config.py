@@ -1,8 +1,7 @@
 """What the metadata of a GGUF file tells of a model, under the hub's names; and which mixtures of experts are known.
 
-transformers reads the metadata too, but sees the tensors of the first part only, and not how positions are scaled. Of mixtures
-it does not read how wide experts are, takes Mixtral for Llama, fails over gpt-oss, and takes ten seconds for the vocabulary:
-their whole config is told here.
+transformers reads the metadata too (`gguf_head.py`), but not how positions are scaled. Of mixtures it does not read how wide
+experts are, takes Mixtral for Llama, and fails over gpt-oss: their whole config is told here.
 """
 
 from __future__ import annotations
@@ -94,8 +93,6 @@ MIXTURES = {
 
 CONVERTED = ("qwen35", "qwen35moe")
 """Architectures whose config and tensors are read by transformers' converters, experts too."""
-
-_ALWAYS_TIED = ("falcon", "bloom")
 
 
 def hub_names(name: str) -> tuple[str, ...]:
@@ -200,28 +197,20 @@ def mixture_config(told: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     ours = {key: value for key, value in told.items() if key not in ("num_experts", "moe_intermediate_size")}
     ours |= {mixture.width: told["moe_intermediate_size"], mixture.experts: told["num_experts"], **mixture.fixed}
-    return _scaled(ours | {"model_type": mixture.model_type}, told)
+    return scaled_config(ours | {"model_type": mixture.model_type}, told)
 
 
-def complete_config(theirs: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of any other model.
+def scaled_config(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with positions scaled as the metadata says.
 
     Args:
-        theirs: As transformers makes it from the first part.
+        config: Of a mixture, or as transformers makes it.
         told: What `config_of` says.
     Returns:
         Keys for the config class of the `model_type` in it.
     """
-    made = dict(theirs)
-    if not told["tie_word_embeddings"] and told["model_type"] not in _ALWAYS_TIED:
-        made["tie_word_embeddings"] = False  # the head may lie in another part than the first
-    return _scaled(made, told)
-
-
-def _scaled(config: dict[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """With positions scaled as the metadata says."""
     if "rope_scaling" not in told:
-        return config
+        return dict(config)
     # gpt-oss does not round where its frequencies begin to be scaled; llama.cpp's metadata has no word for it.
     rope = told["rope_scaling"] | ({"truncate": False} if told["model_type"] == "gpt-oss" else {})
     kept = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}

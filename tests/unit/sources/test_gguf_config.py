@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qlazy.errors import CorruptCheckpoint, UnsupportedModel
 from qlazy.sources.gguf import GgufHeader
-from qlazy.sources.gguf_config import MIXTURES, complete_config, config_of, mixture_config, require_known_experts
+from qlazy.sources.gguf_config import MIXTURES, config_of, mixture_config, require_known_experts, scaled_config
 from qlazy.sources.safetensors import TensorInfo
 
 
@@ -58,7 +58,7 @@ def test_sizes_of_experts_are_those_of_the_tensors(
 def test_a_model_without_experts_is_no_mixture() -> None:
     for config in (told("llama", {}, expert_count=0), told("qwen3", {})):
         assert mixture_config(config) is None
-        assert complete_config({"model_type": config["model_type"], "vocab_size": 8}, config) == {
+        assert scaled_config({"model_type": config["model_type"], "vocab_size": 8}, config) == {
             "model_type": config["model_type"],
             "vocab_size": 8,
         }
@@ -81,21 +81,12 @@ def test_positions_are_scaled(architecture: str) -> None:
     scaling = {"factor": 4.0, "original_context_length": 4096, "yarn_beta_fast": 16.0, "attn_factor": 1.0}
     metadata = {f"rope__scaling__{key}": value for key, value in scaling.items()}
     config = told(architecture, shapes, rope__freq_base=1e6, rope__scaling__type="yarn", **metadata)
-    made = mixture_config(config) or complete_config({"model_type": "llama", "rope_theta": 1e6, "rope_scaling": "?"}, config)
+    made = mixture_config(config) or scaled_config({"model_type": "llama", "rope_theta": 1e6, "rope_scaling": "?"}, config)
     assert "rope_theta" not in made and "rope_scaling" not in made
     rope = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "beta_fast": 16.0}
     assert made["rope_parameters"] == rope | ({"truncate": False} if architecture == "gpt-oss" else {})
     plain = told(architecture, shapes, rope__freq_base=1e6, rope__scaling__type="none")
     assert "rope_scaling" not in plain
-
-
-def test_a_head_in_another_part_is_not_tied() -> None:
-    """transformers looks for it among the tensors of the file that it is given."""
-    theirs = {"model_type": "llama", "tie_word_embeddings": True}
-    assert complete_config(theirs, told("llama", {"output__weight": (8, 8)}))["tie_word_embeddings"] is False
-    assert complete_config(theirs, told("llama", {}))["tie_word_embeddings"] is True
-    # Of these llama.cpp writes the head, though it is tied.
-    assert complete_config(theirs, told("bloom", {"output__weight": (8, 8)}))["tie_word_embeddings"] is True
 
 
 @pytest.mark.parametrize(

@@ -61,3 +61,17 @@ def test_transformers_makes_the_same_config_of_it(tmp_path, architecture, vocab_
     made, _ = PretrainedConfig.get_config_dict(tmp_path, gguf_file=head.name)
     assert made == wanted
     assert head.stat().st_size < 4000 < whole.stat().st_size / 10
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "tied"),
+    [
+        ("llama", ["token_embd.weight", "output.weight"], False),
+        ("llama", ["token_embd.weight"], True),
+        ("bloom", ["token_embd.weight", "output.weight"], True),  # of these llama.cpp writes the head, though it is tied
+    ],
+)
+def test_whether_the_head_is_tied_is_told_by_the_tensors_of_all_parts(tmp_path, architecture, names, tied):
+    write_head(tmp_path / "head.gguf", {"general.architecture": architecture}, names, vocab_size=8)
+    made, _ = PretrainedConfig.get_config_dict(tmp_path, gguf_file="head.gguf")
+    assert made["tie_word_embeddings"] is tied
